@@ -1,0 +1,1 @@
+"""All that grades: the checks, the reference read from the masters, building a release, and grading submissions."""

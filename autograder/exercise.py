@@ -1,0 +1,222 @@
+"""What an exercise is made of, and how an answer to it is judged."""
+
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from autograder.drive import Observation, describe_error, drive, drive_and_measure
+from autograder.failure import CheckFailedError
+
+Edits = Mapping[str, str]
+"""Pieces of the spec's source and what stands in their place."""
+
+RAISED = "raised"
+PEAK_BYTES = "peak bytes"
+
+
+@dataclass(frozen=True, eq=False)  # two exercises are the same if they are one object
+class Exercise:
+    """One exercise: its spec, the mistakes we expect, other right answers, and the way to judge a student's.
+
+    Calling it checks an answer: `check_merge(merge, unmerge)`.
+
+    Attributes:
+        spec: the functions or classes that a right answer consists of, under the names that the student uses.
+        driver: `driver(*answers, **case)` uses the answers and returns what can be observed (see `autograder.drive`).
+        cases: `cases(generator)` returns fresh random inputs, each a dict of the driver's keyword arguments.
+        mistakes: each sentence names a mistake, and the edits of the spec's source make it. They are the diagnosis that
+            a student reads and the wrong answers that the grader's tests must see rejected.
+        variants: right answers written differently, as source or as edits; the grader's tests must see them accepted.
+        reading: turns a driver's observation into what is compared; runs on the trusted side.
+        tolerance: the largest difference between two right answers, for a case, by field; fields not named must be equal.
+        at_most: fields (bytes, say) of which less than expected is right too.
+        measures_peak: for which cases to compare, too, by how many bytes the process grows at its peak.
+    """
+
+    spec: Sequence[Callable]
+    driver: Callable[..., Observation]
+    cases: Callable[[torch.Generator], Iterable[dict]]
+    mistakes: Mapping[str, Edits]
+    variants: Mapping[str, Edits | str]
+    reading: Callable[[Observation, dict], Observation] = lambda observation, case: observation
+    tolerance: Callable[[dict], Mapping[str, float]] = lambda case: {}
+    at_most: frozenset[str] = frozenset()
+    measures_peak: Callable[[dict], bool] = lambda case: False
+    namespace: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The names of what the student writes, as in a sentence."""
+        return " and ".join(part.__name__ for part in self.spec)
+
+    def __call__(self, *answers: object, seed: int | None = None) -> None:
+        """Check a student's answers on fresh random inputs, and say so if they pass.
+
+        Raises:
+            CheckFailedError: naming the mistake if it is a known one, else what was expected and what came.
+        """
+        generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+        cases = list(self.cases(generator))
+        expected = [self.observe(self.spec, case) for case in cases]
+        observed = [self.observe(answers, case) for case in cases]
+        differences = [self.difference(*pair) for pair in zip(expected, observed, cases, strict=True)]
+        if not any(differences):
+            print(f"{self.name}: passed, on {len(cases)} fresh random {'case' if len(cases) == 1 else 'cases'}.")
+            return
+        named = self.diagnose(observed, expected, cases)
+        raise CheckFailedError(f"{self.name}: {named or next(filter(None, differences))}")
+
+    def observe(self, answers: Sequence[object], case: dict) -> Observation:
+        """Return what the driver and the reading see of these answers; if they raise, what they raise."""
+        copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in case.items()}
+        try:
+            if self.measures_peak(case):
+                observation, peak = drive_and_measure(self.driver, answers, copied)
+            else:
+                observation, peak = drive(self.driver, answers, copied), None
+            read = self.reading(observation, case)
+        except Exception as error:
+            return {RAISED: describe_error(error)}
+        return read if peak is None else {**read, PEAK_BYTES: peak}
+
+    def difference(self, expected: Observation, observed: Observation, case: dict) -> str | None:
+        """Return a sentence on the first field in which `observed` is not right, or None."""
+        if RAISED in observed and RAISED not in expected:
+            if observed[RAISED].startswith("NotImplementedError"):
+                return "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."
+            return f"your code raised {observed[RAISED]}."
+        tolerance = self.tolerance(case)
+        for name, wanted in expected.items():
+            if name not in observed:
+                return f"{name} is missing: expected {_short(wanted)}."
+            problem = _compare(wanted, observed[name], tolerance.get(name, 0.0), name in self.at_most)
+            if problem:
+                return f"{name}{problem}"
+        return None
+
+    def diagnose(self, observed: list[Observation], expected: list[Observation], cases: list[dict]) -> str | None:
+        """Return the sentence of the mistake that explains the observations, or None.
+
+        Best is a mistake that gives these very observations. Where two were made at once there is none; then one that gives
+        the first wrong field of every case.
+        """
+        wrong_fields = [self._first_wrong_field(*triple) for triple in zip(expected, observed, cases, strict=True)]
+        partial = None
+        for sentence, edits in self.mistakes.items():
+            wrong = self.build(edits)
+            if all(self._looks_like(wrong, seen, case) for seen, case in zip(observed, cases, strict=True)):
+                return f"{sentence}."
+            if partial is None and all(
+                self._explains(wrong, name, seen, case)
+                for name, seen, case in zip(wrong_fields, observed, cases, strict=True)
+                if name is not None
+            ):
+                partial = f"{sentence}."
+        return partial
+
+    def _first_wrong_field(self, expected: Observation, observed: Observation, case: dict) -> str | None:
+        if RAISED in observed:
+            return RAISED
+        tolerance = self.tolerance(case)
+        for name, wanted in expected.items():
+            if name not in observed or _compare(wanted, observed[name], tolerance.get(name, 0.0), name in self.at_most):
+                return name
+        return None
+
+    def _explains(self, wrong: Sequence[object], name: str, seen: Observation, case: dict) -> bool:
+        """Whether the wrong answer would give the same value in this one field."""
+        would_be = self.observe(wrong, case)
+        if name in (RAISED, PEAK_BYTES) or name not in seen or name not in would_be:
+            return False
+        return not _compare(would_be[name], seen[name], self._noise(name, case), False)
+
+    def _looks_like(self, wrong: Sequence[object], seen: Observation, case: dict) -> bool:
+        would_be = self.observe(wrong, case)
+        if RAISED in seen or RAISED in would_be:
+            return _without_line(seen.get(RAISED)) == _without_line(would_be.get(RAISED))
+        return seen.keys() == would_be.keys() and not any(
+            _compare(would_be[name], seen[name], self._noise(name, case), False) for name in seen
+        )
+
+    def _noise(self, name: str, case: dict) -> float:
+        """By how much a field differs from run to run: a count of bytes not at all, whatever a right answer is allowed."""
+        exact = name in self.at_most and name != PEAK_BYTES
+        return 0.0 if exact else self.tolerance(case).get(name, 0.0)
+
+    def source(self, edits: Edits | str = "") -> str:
+        """Return the source of the spec, with the edits made; a variant that is source already is returned as it is.
+
+        Raises:
+            ValueError: if a piece to be replaced does not occur exactly once.
+        """
+        if isinstance(edits, str) and edits:
+            return textwrap.dedent(edits)
+        source = "\n\n".join(inspect.getsource(part) for part in self.spec)
+        edits = dict(edits or {})
+        for old in edits:
+            if source.count(old) != 1:
+                raise ValueError(f"{old!r} occurs {source.count(old)} times in the spec of {self.name}")
+        # All at once, or one edit's outcome could be taken for another's target.
+        return re.sub("|".join(map(re.escape, edits)), lambda found: edits[found[0]], source) if edits else source
+
+    def build(self, edits: Edits | str) -> list[object]:
+        """Return the spec's functions or classes as they are after the edits."""
+        namespace = dict(vars(sys.modules[self.spec[0].__module__]))
+        exec(compile(self.source(edits), "<an edited spec>", "exec"), namespace)
+        return [namespace[part.__name__] for part in self.spec]
+
+
+def _compare(expected: object, got: object, tolerance: float, at_most: bool) -> str | None:
+    """Return what is wrong with `got`, to be put behind the field's name, or None."""
+    if isinstance(expected, Tensor):
+        return _compare_tensors(expected, got, tolerance)
+    if isinstance(expected, bool):
+        return None if got is expected else f": expected {expected}, got {got}."
+    if isinstance(expected, int | float) and isinstance(got, int | float):
+        right = got <= expected + tolerance if at_most else abs(got - expected) <= tolerance
+        if right:
+            return None
+        margin = f", give or take {tolerance:,.3g}" if tolerance else ""
+        return f" should be {'at most ' if at_most else ''}{_number(expected)}{margin}; it is {_number(got)}."
+    return None if got == expected else f" should be {_short(expected)}; it is {_short(got)}."
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _compare_tensors(expected: Tensor, got: object, tolerance: float) -> str | None:
+    if not isinstance(got, Tensor):
+        return f" should be a tensor; it is {_short(got)}."
+    if got.shape != expected.shape:
+        return f" should have shape {tuple(expected.shape)}; it has {tuple(got.shape)}."
+    if got.dtype != expected.dtype:
+        return f" should have dtype {expected.dtype}; it has {got.dtype}."
+    if expected.numel() == 0:
+        return None
+    worst = (got.double() - expected.double()).abs().max().item()
+    if worst <= tolerance:  # False for NaN
+        return None
+    allowed = f"at most {tolerance:.1g}, by rounding" if tolerance else "nothing"
+    return (
+        f" is off by up to {worst:.3g}, where right answers differ by {allowed}.\n"
+        f"  expected {_short(expected)}\n  got      {_short(got)}"
+    )
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        numbers = value.flatten()[:4].tolist()
+        return f"[{', '.join(f'{number:.4g}' for number in numbers)}{', ...' if value.numel() > 4 else ''}]"
+    return repr(value) if len(repr(value)) < 300 else repr(value)[:300] + " ..."
+
+
+def _without_line(raised: object) -> str | None:
+    """The message of an error without the place where it was raised, which differs from answer to answer."""
+    return None if raised is None else str(raised).split(" (line ")[0]

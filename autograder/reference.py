@@ -1,0 +1,63 @@
+"""The reference that grading compares with: the solution cells of a unit's master, run without its experiments."""
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import jupytext
+from nbformat import NotebookNode
+
+SOLUTIONS = Path(__file__).parent.parent / "solutions"
+
+
+def master_path(unit: str) -> Path:
+    """Return the path of a unit's master.
+
+    Raises:
+        FileNotFoundError: if it is not there. A class gets `course/` and `autograder/`, not `solutions/`.
+    """
+    path = SOLUTIONS / unit / f"{unit}.py"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: hidden tests need the masters, which only instructors have")
+    return path
+
+
+def units() -> list[str]:
+    """Return the names of all units that have a master, in order."""
+    return sorted(path.stem for path in SOLUTIONS.glob("*/*.py") if path.stem == path.parent.name)
+
+
+def solution_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Return the code cells that a student writes and a check grades."""
+    return [
+        cell for cell in notebook.cells if cell.cell_type == "code" and _marked(cell, "solution") and not _marked(cell, "grade")
+    ]
+
+
+def _marked(cell: NotebookNode, mark: str) -> bool:
+    return bool(cell.metadata.get("nbgrader", {}).get(mark))
+
+
+@cache
+def load_reference(unit: str) -> ModuleType:
+    """Return a module with what the solution cells of the unit's master define, after its set-up cell has run."""
+    notebook = jupytext.read(master_path(unit))
+    module = ModuleType(f"reference_{unit}")
+    module.__file__ = str(master_path(unit))
+    sys.modules[module.__name__] = module  # so that classes defined here know their module
+    setup = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade_id") == "setup"]
+    for cell in [*setup, *solution_cells(notebook)]:
+        exec(compile(cell.source, module.__file__, "exec"), vars(module))
+    return module
+
+
+@cache
+def load_hidden_cases(unit: str) -> ModuleType:
+    """Return the module `hidden_cases.py` that lies beside the unit's master."""
+    path = master_path(unit).with_name("hidden_cases.py")
+    spec = importlib.util.spec_from_file_location(f"hidden_cases_{unit}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

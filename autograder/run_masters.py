@@ -1,0 +1,49 @@
+"""Run the masters from top to bottom.
+
+    python -m autograder.run_masters            at full length; the results rows go into the course
+    python -m autograder.run_masters 08_lora    the same for one unit
+
+The tests use `run` with the experiments cut short (`PEFTLAB_SHORT`, see `peftlab.settings`).
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from autograder.build import instructor_notebook
+from autograder.reference import units
+from peftlab.results import SHIPPED
+
+
+def run(notebook: NotebookNode, folder: Path, *, short: bool, timeout: int = 3600) -> NotebookNode:
+    """Execute a notebook in `folder`, its results rows going to `folder/results`; return it with its outputs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: if a cell fails.
+    """
+    settings = {"PEFTLAB_SHORT": "1" if short else "0", "PEFTLAB_RESULTS": str(folder / "results")}
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    return client.execute(env={**os.environ, **settings})
+
+
+def main(names: list[str]) -> int:
+    """Run the masters of the named units, or of all, at full length, and replace the rows that the course ships."""
+    for unit in names or units():
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{unit}: running", flush=True)
+            run(instructor_notebook(unit), Path(folder), short=False)
+            rows = Path(folder) / "results" / unit
+            if rows.is_dir():
+                shutil.rmtree(SHIPPED / unit, ignore_errors=True)
+                shutil.copytree(rows, SHIPPED / unit)
+                print(f"{unit}: {len(list(rows.glob('*.json')))} rows in {SHIPPED / unit}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

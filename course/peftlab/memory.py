@@ -1,0 +1,137 @@
+"""Measured bytes of one training step: parameters, gradients, optimizer state, activations and the peak.
+
+Nothing here is computed from a formula. On the CPU every allocation of the step is followed, on CUDA the caching
+allocator is asked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one training step.
+
+    Attributes:
+        parameters: weights and buffers, trainable or not.
+        gradients: what `.grad` holds after backward.
+        optimizer_state: what the optimizer keeps from one step to the next.
+        activations: what forward leaves for backward: everything alive after it that was not there before.
+        peak: the largest sum of all at any moment of the step.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    peak: int
+
+
+def measure_training_step(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+) -> StepMemory:
+    """Return the bytes that one step of forward, backward and optimizer takes.
+
+    Two steps are taken, for the optimizer allocates its state in the first, and the second is measured. Their learning
+    rate is zero: the model's weights stay as they are, to the bit, and its gradients are cleared.
+
+    Args:
+        model: on the device to be measured (CPU or CUDA).
+        loss: runs the forward pass and returns the scalar to differentiate.
+        optimizer_class: takes the trainable parameters and `lr`.
+
+    Raises:
+        ValueError: if nothing is trainable, or the model is on a device that cannot be measured.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("nothing to measure: no parameter of the model requires a gradient")
+    device = trainable[0].device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"memory on {device.type} cannot be measured by category; move the model to the CPU or to CUDA")
+    model.zero_grad()
+    optimizer = optimizer_class(trainable, lr=0.0)
+    measure = _measure_on_cuda if device.type == "cuda" else _measure_on_cpu
+    try:
+        return measure(model, loss, optimizer)
+    finally:
+        model.zero_grad()
+
+
+def _measure_on_cpu(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> StepMemory:
+    from peftlab.tracker import PeftMemTracker  # what it is made of takes half a second to import
+
+    tracker = PeftMemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        _step(loss, optimizer)
+        tracker.reset_mod_stats()
+        start = tracker.bytes_by_category("current")
+        value = loss()
+        after_forward = tracker.bytes_by_category("current")
+        value.backward()
+        del value
+        after_backward = tracker.bytes_by_category("current")
+        optimizer.step()
+        peak = tracker.bytes_by_category("peak")["Total"]
+        optimizer.zero_grad()
+    parameters, optimizer_state = start["Parameter"] + start["Buffer"], start["Optstate"]
+    return StepMemory(
+        parameters=parameters,
+        gradients=after_backward["Gradient"],
+        optimizer_state=optimizer_state,
+        activations=after_forward["Total"] - start["Total"],
+        # What else the tracker has seen, the batch, was there before the step.
+        peak=peak - (start["Total"] - parameters - optimizer_state),
+    )
+
+
+def _measure_on_cuda(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> StepMemory:
+    """Read `memory_allocated` between the phases: allocated bytes, not those that the caching allocator reserves."""
+    device = next(model.parameters()).device
+
+    def allocated() -> int:
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+
+    before_state = allocated()
+    _step(loss, optimizer)
+    start = allocated()
+    torch.cuda.reset_peak_memory_stats(device)
+    value = loss()
+    after_forward = allocated()
+    value.backward()
+    del value
+    after_backward = allocated()
+    optimizer.step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    optimizer.zero_grad()
+    parameters = tensor_bytes([*model.parameters(), *model.buffers()])
+    return StepMemory(
+        parameters=parameters,
+        gradients=after_backward - start,
+        optimizer_state=start - before_state,
+        activations=after_forward - start,
+        # Whatever else lives on the device is not part of this step.
+        peak=peak - (before_state - parameters),
+    )
+
+
+def _step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    loss().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def tensor_bytes(tensors: list[Tensor]) -> int:
+    """Return the bytes of the tensors' storages, each storage once: a tied weight is not counted twice."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -1,0 +1,88 @@
+"""A class with a gradebook of its own: releases a unit, takes submissions, has nbgrader mark them."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from nbgrader.api import Gradebook
+from nbgrader.apps import NbGraderAPI
+from nbgrader.coursedir import CourseDirectory
+
+from autograder.build import course_config, generate, write_instructor_notebook
+
+Answers = dict[str, str]
+"""Source by the id of the cell that it goes into."""
+
+
+@dataclass
+class Mark:
+    """What one student got: points by graded cell, cells that wait for a person, and the errors that cells ended with."""
+
+    scores: dict[str, float | None] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+class Classroom:
+    def __init__(self, root: Path, unit: str):
+        self.root, self.unit = root, unit
+        write_instructor_notebook(unit, root / "solutions")
+        self.release = generate(unit, root, root / "release", database=True)
+        config = course_config(root)
+        self.api = NbGraderAPI(CourseDirectory(config=config), config=config)
+
+    def released(self) -> NotebookNode:
+        return nbformat.read(self.release, as_version=4)
+
+    def answered(self, answers: Answers) -> NotebookNode:
+        """Return the released notebook with these answers in it."""
+        notebook = self.released()
+        for cell in notebook.cells:
+            cell.source = answers.get(cell["id"], cell.source)
+        return notebook
+
+    def submit(self, student: str, notebook: NotebookNode) -> Path:
+        path = self.root / "submitted" / student / self.unit / f"{self.unit}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, path)
+        return path
+
+    def grade(self, student: str) -> Mark:
+        outcome = self.api.autograde(self.unit, student)
+        assert outcome["success"], outcome
+        return self.mark(student)
+
+    def mark(self, student: str) -> Mark:
+        mark = Mark()
+        with Gradebook(f"sqlite:///{self.root / 'gradebook.db'}") as gradebook:
+            for grade in gradebook.find_submission_notebook(self.unit, self.unit, student).grades:
+                mark.scores[grade.name] = grade.auto_score
+                if grade.needs_manual_grade:
+                    mark.waiting.add(grade.name)
+        graded = nbformat.read(self.root / "autograded" / student / self.unit / f"{self.unit}.ipynb", as_version=4)
+        for cell in graded.cells:
+            for output in cell.get("outputs", []):
+                if output.output_type == "error":
+                    mark.errors[cell.metadata.get("nbgrader", {}).get("grade_id", cell["id"])] = "\n".join(output.traceback)
+        return mark
+
+
+def _grade_some(job: tuple[Path, str, dict[str, Answers]]) -> dict[str, Mark]:
+    root, unit, students = job
+    os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core; more threads than cores wait for each other
+    classroom = Classroom(root, unit)
+    for student, answers in students.items():
+        classroom.submit(student, classroom.answered(answers))
+    return {student: classroom.grade(student) for student in students}
+
+
+def grade_class(folder: Path, unit: str, students: dict[str, Answers], workers: int = 2) -> dict[str, Mark]:
+    """Grade many students, each worker with its share of them and a gradebook of its own."""
+    names = list(students)
+    jobs = [(folder / f"worker{n}", unit, {name: students[name] for name in names[n::workers]}) for n in range(workers)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return {student: mark for marks in pool.map(_grade_some, jobs) for student, mark in marks.items()}

@@ -1,0 +1,99 @@
+"""What students receive comes from the masters, is the same every time, and holds no solution."""
+
+import re
+
+import jupytext
+import nbformat
+import pytest
+
+from autograder.build import COURSE, drift, generate, instructor_notebook, main, write_instructor_notebook
+from autograder.reference import load_reference, master_path, units
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """Every unit, built twice from scratch."""
+    built = []
+    for attempt in range(2):
+        root = tmp_path_factory.mktemp(f"build{attempt}")
+        for unit in units():
+            write_instructor_notebook(unit, root / "solutions")
+            generate(unit, root, root / "release", database=False)
+        built.append(root)
+    return built
+
+
+def test_course_equals_its_masters():
+    assert drift(units()) == []
+
+
+def test_two_builds_are_the_same_bytes(twice):
+    first, second = twice
+    paths = sorted(path.relative_to(first) for path in first.rglob("*.ipynb"))
+    assert len(paths) == 2 * len(units())
+    for path in paths:
+        assert (first / path).read_bytes() == (second / path).read_bytes()
+
+
+@pytest.mark.parametrize("unit", units())
+def test_a_release_holds_the_notebook_alone_and_no_solution(twice, unit):
+    folder = twice[0] / "release" / unit
+    assert [path.name for path in folder.iterdir()] == [f"{unit}.ipynb"]
+    text = (folder / f"{unit}.ipynb").read_text()
+    for leak in ("BEGIN SOLUTION", "END SOLUTION", "HIDDEN", "hidden.check", "Rubric"):
+        assert leak not in text
+
+
+@pytest.mark.parametrize("unit", units())
+def test_ids_are_valid_and_unique_and_stay_when_a_cell_is_added(unit):
+    notebook = instructor_notebook(unit)
+    ids = [cell["id"] for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    nbformat.validate(notebook)
+
+
+@pytest.mark.parametrize("unit", units())
+def test_a_master_survives_being_opened_and_saved_as_a_notebook(unit, tmp_path):
+    """What jupytext's extension does in JupyterLab: read the master, write it back."""
+    text = master_path(unit).read_text()
+    config = jupytext.config.load_jupytext_config(str(master_path(unit)))
+    notebook = jupytext.reads(text, fmt="py:percent", config=config)
+    assert jupytext.writes(notebook, fmt="py:percent", config=config) == text
+
+
+@pytest.mark.parametrize("unit", units())
+def test_the_reference_is_the_masters_solution(unit):
+    reference = load_reference(unit)
+    if unit == "08_lora":
+        assert {"LoRALinear", "inject", "merge", "unmerge", "save_adapter", "load_adapter", "merge_into_head"} <= vars(
+            reference
+        ).keys()
+        assert "lora_row" not in vars(reference), "the experiments were run"
+
+
+@pytest.mark.parametrize("unit", units())
+def test_the_page_is_written_for_people(unit):
+    """Alt text on every picture, hints titled by a symptom, no emoji, no cell too long to read."""
+    notebook = instructor_notebook(unit)
+    for cell in notebook.cells:
+        assert not re.search("[\U0001f300-\U0001faff\u2600-\u27bf]", cell.source)
+        assert cell.source.count("plots.show(") == cell.source.count("alt=")
+        assert cell.source.count("<details><summary>") == cell.source.count("</details>")
+        if cell.cell_type == "code" and not cell.metadata.get("nbgrader"):
+            assert len(cell.source.splitlines()) <= 22, cell.source
+
+
+def test_check_names_a_unit_that_drifted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("autograder.build.COURSE", tmp_path)
+    assert main(["--check", "00_start_here"]) == 1
+    assert "course/00_start_here differs" in capsys.readouterr().err
+
+
+def test_an_unknown_unit_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["99_nothing"])
+    assert "there is no unit '99_nothing'; there are 00_start_here" in capsys.readouterr().err
+
+
+def test_every_unit_is_released():
+    assert sorted(path.parent.name for path in COURSE.glob("*/*.ipynb")) == units()

@@ -1,0 +1,75 @@
+"""Rows survive the disk, and what is no row is reported and left alone."""
+
+import dataclasses
+
+import pytest
+
+from peftlab import plots, results
+from peftlab.memory import StepMemory
+from peftlab.results import Row
+
+
+@pytest.fixture
+def row(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFTLAB_RESULTS", str(tmp_path))
+    return Row(
+        unit="08_lora",
+        task="movie_reviews",
+        method="lora",
+        settings={"rank": 8, "seed": 0},
+        trainable_parameters=10,
+        total_parameters=100,
+        adapter_bytes=40,
+        memory=StepMemory(400, 40, 80, 200, 800),
+        seconds_per_step=0.5,
+        metric="accuracy",
+        score_before=0.5,
+        score_after=0.9,
+        forgetting=0.1,
+        losses=[1.0, 0.5],
+    )
+
+
+def test_a_row_comes_back_as_it_was(row):
+    path = results.save(row)
+    assert path.parent.name == "08_lora"
+    assert results.load("08_lora") == [row]
+    assert {"python", "torch"} <= row.versions.keys() and row.hardware
+
+
+def test_the_same_experiment_replaces_its_row_and_another_does_not(row):
+    results.save(row)
+    results.save(dataclasses.replace(row, score_after=0.8))
+    results.save(dataclasses.replace(row, settings={"rank": 8, "seed": 1}))
+    results.save(dataclasses.replace(row, short=True))
+    assert len(results.load("08_lora")) == 3
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", '{"unit": 3}', "[]"])
+def test_a_corrupt_row_is_reported_and_left(row, content):
+    path = results.save(row)
+    broken = path.with_name("broken.json")
+    broken.write_text(content)
+    with pytest.warns(UserWarning, match=r"broken\.json is not a results row"):
+        assert results.load("08_lora") == [row]
+    assert broken.read_text() == content
+
+
+def test_no_rows_where_nothing_was_measured(row):
+    assert results.load("99_nothing") == []
+
+
+def test_figures_say_what_they_show(row, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "display", shown.append)
+    figures = [
+        plots.memory_bars({"LoRA": row.memory, "full": row.memory}, "One step"),
+        plots.loss_curves({"LoRA": row.losses}, "Loss"),
+        plots.before_after([row], "Scores"),
+        plots.sweep({1: 10.0, 2: 20.0}, "Ranks", "rank", "score (%)"),
+    ]
+    for figure in figures:
+        axes = figure.axes[0]
+        assert axes.get_title() and (axes.get_xlabel() or axes.get_ylabel())
+        plots.show(figure, alt="what one sees")
+    assert all(image.alt == "what one sees" and image.data.startswith(b"\x89PNG") for image in shown)

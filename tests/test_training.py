@@ -1,0 +1,118 @@
+"""The loop: what it trains, that its options change cost and not outcome, and that it goes on where it stopped."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+
+from peftlab import training
+from peftlab.llama import PRESETS, Llama
+from peftlab.training import train, trainable
+
+
+@pytest.fixture
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in range(6, 46):
+        ids = torch.randint(0, 256, (length,), generator=generator).tolist()
+        answer = 1 + length % 4
+        rows.append({"input_ids": ids, "labels": [-100] * (length - answer) + ids[-answer:]})
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def model():
+    model = Llama(PRESETS["tiny"]).requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    return model
+
+
+OPTIONS = {"steps": 6, "learning_rate": 1e-2, "batch_size": 8, "device": "cpu"}
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_loss_falls_and_frozen_weights_stay(model, dataset):
+    before = copy.deepcopy(model)
+    history = train(model, dataset, **{**OPTIONS, "steps": 30})
+    assert history.losses[-1] < 0.85 * history.losses[0]
+    assert len(history.seconds) == 30
+    for (name, now), (_, then) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+        assert torch.equal(now, then) != name.startswith("model.layers.1."), name
+    assert not model.training
+
+
+def test_same_seed_same_run_and_another_seed_another(model, dataset):
+    runs = [train(copy.deepcopy(model), dataset, **OPTIONS, seed=seed).losses for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("option", [{"accumulate": 4}, {"gradient_checkpointing": True}])
+def test_cheaper_in_memory_same_in_outcome(model, dataset, option):
+    plain, cheaper = copy.deepcopy(model), copy.deepcopy(model)
+    losses = train(plain, dataset, **OPTIONS).losses
+    # Adam divides by the root of the squared gradient, so rounding of tiny gradients is magnified up to the learning rate;
+    # the losses, not each weight, are what must agree.
+    assert train(cheaper, dataset, **OPTIONS, **option).losses == pytest.approx(losses, rel=1e-4)
+
+
+def test_resumes_where_it_stopped(model, dataset, tmp_path, monkeypatch):
+    undisturbed, stopped = copy.deepcopy(model), copy.deepcopy(model)
+    losses = train(undisturbed, dataset, **OPTIONS).losses
+    path = tmp_path / "run.pt"
+
+    original, calls = training._backward, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "_backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, dataset, **OPTIONS, checkpoint=path, checkpoint_every=2)
+    fresh = copy.deepcopy(model)
+    resumed = train(fresh, dataset, **OPTIONS, checkpoint=path)
+    assert resumed.losses == losses
+    assert torch.equal(weights(fresh), weights(undisturbed))
+    assert train(fresh, dataset, **OPTIONS, checkpoint=path).losses == losses  # finished: nothing left to do
+
+
+def test_a_broken_checkpoint_is_named_and_kept(model, dataset, tmp_path):
+    path = tmp_path / "run.pt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"run\.pt is broken .* delete it"):
+        train(model, dataset, **OPTIONS, checkpoint=path)
+    assert path.read_bytes() == b"not a checkpoint"
+
+
+def test_another_runs_checkpoint_is_refused(model, dataset, tmp_path):
+    path = tmp_path / "run.pt"
+    train(copy.deepcopy(model), dataset, **OPTIONS, checkpoint=path)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        train(copy.deepcopy(model), dataset, **{**OPTIONS, "learning_rate": 1e-3}, checkpoint=path)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        train(copy.deepcopy(model).requires_grad_(True), dataset, **OPTIONS, checkpoint=path)
+
+
+def test_bad_requests_are_refused(model, dataset):
+    with pytest.raises(ValueError, match="does not split"):
+        train(model, dataset, **OPTIONS, accumulate=3)
+    with pytest.raises(ValueError, match="needs as many rows"):
+        train(model, dataset.select(range(5)), **OPTIONS)
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(model.requires_grad_(False), dataset, **OPTIONS)
+
+
+def test_trainable_lists_only_what_requires_a_gradient(model):
+    assert trainable(model) and all(name.startswith("model.layers.1.") for name in trainable(model))
+
+
+def test_a_short_run_takes_two_steps(model, dataset, monkeypatch):
+    monkeypatch.setenv("PEFTLAB_SHORT", "1")
+    assert len(train(model, dataset, **OPTIONS).losses) == 2

@@ -1,0 +1,46 @@
+"""Checks judge answers that live in another process, from nothing but the tensors that come back."""
+
+import pytest
+
+from autograder.failure import CheckFailedError
+from test_exercises import EXERCISES
+from two_processes import OtherProcess
+
+
+@pytest.fixture
+def elsewhere():
+    started = []
+
+    def start(exercise, edits=""):
+        other = OtherProcess(exercise.source(edits))
+        started.append(other)
+        return [other.answer(part.__name__) for part in exercise.spec]
+
+    yield start
+    for other in started:
+        other.close()
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_right_answer_passes(name, elsewhere):
+    exercise = EXERCISES[name]
+    answers = elsewhere(exercise, next(iter(exercise.variants.values())))
+    for seed in range(2):
+        exercise(*answers, seed=seed)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_mistakes_are_named(name, elsewhere):
+    exercise = EXERCISES[name]
+    for sentence, edits in list(exercise.mistakes.items())[:2]:
+        with pytest.raises(CheckFailedError) as caught:
+            exercise(*elsewhere(exercise, edits), seed=0)
+        assert sentence in str(caught.value)
+
+
+def test_memory_is_measured_from_outside(elsewhere):
+    """A base copied in the other process is seen in that process's size, whatever the process says of itself."""
+    exercise = EXERCISES["check_lora_memory"]
+    sentence = next(sentence for sentence in exercise.mistakes if "process grows" in sentence)
+    with pytest.raises(CheckFailedError, match="process grows"):
+        exercise(*elsewhere(exercise, exercise.mistakes[sentence]))

@@ -1,9 +1,17 @@
 """nbgrader's own names mapped on ours; everything else about grading lives in `autograder/`."""
 
-from nbgrader.converters import Autograde
-from nbgrader.preprocessors import Execute
+from nbgrader.converters import Autograde, GenerateFeedback
+from nbgrader.preprocessors import (
+    CheckCellMetadata,
+    ClearHiddenTests,
+    ClearOutput,
+    Execute,
+    OverwriteCells,
+    OverwriteKernelspec,
+)
 
-from autograder.execute import ExecuteWithoutExperiments
+from autograder.execute import ExecuteInSandbox
+from autograder.sanitize import Repair
 
 c = get_config()
 
@@ -17,13 +25,12 @@ c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", "*.py"
 c.ClearSolutions.code_stub = {"python": "raise NotImplementedError()"}
 c.ClearSolutions.text_stub = "*Your answer.*"
 
+# Student code runs in a sandbox, graded cells outside it; what came back is put in the released notebook's frame first.
+c.Autograde.sanitize_preprocessors = [Repair, ClearOutput, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]
 c.Autograde.autograde_preprocessors = [
-    ExecuteWithoutExperiments if step is Execute else step for step in Autograde.autograde_preprocessors.default_args[0]
+    ExecuteInSandbox if step is Execute else step for step in Autograde.autograde_preprocessors.default_args[0]
 ]
-# A graded cell that a student deleted is put back, so that its points are lost only if the answer is missing too.
-c.OverwriteCells.add_missing_cells = True
 
-# Seconds: a check takes less than two. The second is how long to wait for a printed line on a busy machine; at
-# nbclient's four seconds, correct submissions fail when the machine is full.
-c.ExecuteWithoutExperiments.timeout = 120
-c.ExecuteWithoutExperiments.iopub_timeout = 60
+# Feedback shows neither the lines that call hidden tests nor any script that a submission printed.
+c.GenerateFeedback.preprocessors = [ClearHiddenTests, *GenerateFeedback.preprocessors.default_args[0]]
+c.HTMLExporter.sanitize_html = True

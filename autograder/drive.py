@@ -7,14 +7,15 @@ is graded, the student's kernel is another process, the answers are `RemoteAnswe
 
 import inspect
 import io
-import linecache
 import os
 import textwrap
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 Observation = dict[str, object]
 """What a driver returns: tensors, strings, numbers, and lists or dicts of these."""
@@ -53,8 +54,47 @@ def drive(driver: Callable[..., Observation], answers: Sequence[object], case: d
     arguments, names = io.BytesIO(), [answer.name for answer in answers]
     torch.save(case, arguments)
     source = textwrap.dedent(inspect.getsource(driver))
-    reply = answers[0].run(source, driver.__name__, names, arguments.getvalue())
-    return torch.load(io.BytesIO(reply), weights_only=True)
+    return read_reply(answers[0].run(source, driver.__name__, names, arguments.getvalue()))
+
+
+def read_reply(reply: bytes) -> Observation:
+    """Return the observation in what another process sent, which may be anything.
+
+    Nothing in it is executed, and it takes no more memory than it has bytes. Admitted are dicts, lists and tuples of
+    tensors on the CPU, strings and numbers.
+
+    Raises:
+        StudentError: if it is anything else.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(reply)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > len(reply):  # compressed: torch.save never does
+                raise StudentError("the code sent back an archive that would unpack to more than it is")
+        observation = torch.load(io.BytesIO(reply), weights_only=True, map_location="cpu")
+        if not isinstance(observation, dict):
+            raise StudentError("the code sent back no observation")
+        _admit(observation)
+    except StudentError:
+        raise
+    except Exception as error:  # a forged reply can fail in any way
+        raise StudentError(f"the code sent back what a check cannot read ({type(error).__name__})") from error
+    return observation
+
+
+def _admit(value: object) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str | int):
+                raise TypeError(type(key))
+            _admit(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _admit(item)
+    elif isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
+            raise TypeError(type(value))
+    elif not (value is None or type(value) in (bool, int, float, str)):
+        raise TypeError(type(value))
 
 
 def drive_and_measure(
@@ -66,10 +106,12 @@ def drive_and_measure(
     noisy by a few MiB: use it for effects of 64 MiB and more. None where the kernel keeps no such mark (not Linux).
 
     The driver runs once before it is measured, for a process also grows by what it imports and sets up on first use.
+    Then freed memory goes back to the system, or an allocation that fits into it would not show.
     """
     remote = isinstance(answers[0], RemoteAnswer)
     process = answers[0].process() if remote else os.getpid()
     drive(driver, answers, case)
+    drive(_return_freed_memory, answers, {})
     try:
         Path(f"/proc/{process}/clear_refs").write_text("5")  # sets the high-water mark back to the present size
     except OSError:
@@ -80,17 +122,37 @@ def drive_and_measure(
 
 
 def describe_error(error: BaseException) -> str:
-    """Return `TypeName: message`, and the line of the student's cell that raised it, if there is one."""
-    if isinstance(error, StudentError):
+    """Return `TypeName: message`, and the line of the student's cell that raised it, if there is one.
+
+    It stands alone, for it also travels to the student's kernel as source.
+    """
+    import linecache
+    import os
+
+    if type(error).__name__ == "StudentError":  # described where it was raised
         return str(error)
     described = f"{type(error).__name__}: {error}".rstrip(": ")
     frame, place = error.__traceback__, ""
     while frame:
         file = frame.tb_frame.f_code.co_filename
-        if "ipykernel" in file and not Path(file).is_file():  # how IPython names the cells that it compiles
-            place = f" (line {frame.tb_lineno} of your cell: {linecache.getline(file, frame.tb_lineno).strip()})"
+        line = linecache.getline(file, frame.tb_lineno).strip()
+        ours = frame.tb_frame.f_code.co_name == "_call_driver" or line.startswith("_call_driver(")
+        if "ipykernel" in file and not os.path.isfile(file) and not ours:  # how IPython names the cells that it compiles
+            place = f" (line {frame.tb_lineno} of your cell: {line})"
         frame = frame.tb_next
     return described + place
+
+
+def _return_freed_memory(*answers):
+    """Hand the heap's free pages back to the system, where the C library can (glibc)."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return {}
 
 
 def _status(process: int, key: str) -> int:

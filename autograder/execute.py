@@ -1,15 +1,286 @@
-"""How submissions are executed: nbgrader's `Execute`, without the experiments."""
+"""How a submission is executed: student code in its own kernel, graded cells here, with proxies for the student's answers.
 
+    a cell of the student's      runs in the student's kernel only
+    a locked, ungraded cell      (set-up) runs in both places
+    a graded check               runs here only; what it calls `merge` sends tensors to the student's `merge` and back
+    a cell tagged `experiment`   does not run: it takes minutes, and no mark depends on it
+
+The names of the answers come from the master, never from the submission. What comes out is a plain list of outputs, so a
+submission may be executed on any machine that has the masters, and be marked elsewhere.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import nbformat
+import torch
 from nbformat import NotebookNode
+from nbformat.v4 import new_output
 from nbgrader import utils
-from nbgrader.preprocessors import Execute
+from nbgrader.preprocessors import NbGraderPreprocessor
+from traitlets import Bool, Unicode
+
+from autograder.failure import CheckFailedError
+from autograder.reference import SOLUTIONS, answer_names
+from autograder.sandbox import Limits, require_sandbox
+from autograder.student_kernel import KernelAnswer, StoppedError, StudentKernel
+
+PRINTED_CHARACTERS = 2000
+DENIED = ("Read-only file system", "Network is unreachable", "Temporary failure in name resolution", "Permission denied")
 
 
-class ExecuteWithoutExperiments(Execute):
-    """Leave out the cells tagged `experiment`: they take minutes, and no mark depends on them."""
+@dataclass
+class Execution:
+    """What executing a submission gave.
 
-    def preprocess_cell(self, cell: NotebookNode, resources: dict, index: int) -> tuple[NotebookNode, dict]:
-        """Execute a cell unless it is an ungraded experiment."""
-        if "experiment" in cell.metadata.get("tags", []) and not utils.is_grade(cell):
-            return cell, resources
-        return super().preprocess_cell(cell, resources, index)
+    Attributes:
+        outputs: a list of outputs by cell, None for a cell that was not executed.
+        events: sentences on what an instructor might want to look at.
+        seconds: of the clock, by stage.
+        cpu_seconds, peak_bytes: used by all processes of the submission.
+    """
+
+    outputs: list[list[dict] | None]
+    events: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def put_into(self, notebook: NotebookNode) -> None:
+        """Give the notebook's cells their outputs.
+
+        Raises:
+            ValueError: if it is not the notebook that was executed.
+        """
+        if len(self.outputs) != len(notebook.cells):
+            raise ValueError("these outputs are another notebook's")
+        count = 0
+        for cell, outputs in zip(notebook.cells, self.outputs, strict=True):
+            if cell.cell_type == "code":
+                count += outputs is not None
+                cell.outputs = nbformat.from_dict(outputs or [])
+                cell.execution_count = count if outputs is not None else None
+
+
+def execute(
+    notebook: NotebookNode,
+    unit: str,
+    *,
+    submission: Path | None = None,
+    limits: Limits | None = None,
+    sandboxed: bool = True,
+) -> Execution:
+    """Execute a repaired notebook (see `autograder.sanitize`).
+
+    Args:
+        submission: a folder with the files that were handed in.
+
+    Raises:
+        SandboxMissingError: if no sandbox can be had and one is wanted.
+        Exception: whatever the grader's own code raised: then there is no mark, neither a good one nor a bad one.
+    """
+    if sandboxed:
+        _require_sandbox_once()
+    with contextlib.closing(_TwoKernels(unit, submission, limits or Limits(), sandboxed)) as kernels:
+        return kernels.execute(notebook)
+
+
+_require_sandbox_once = cache(require_sandbox)
+
+
+class _TwoKernels:
+    """The student's kernel, and the names that graded cells see here."""
+
+    def __init__(self, unit: str, submission: Path | None, limits: Limits, sandboxed: bool):
+        self._student = StudentKernel(submission, limits, sandboxed)
+        self._limits = limits
+        self._names = answer_names(unit)
+        self._here: dict[str, object] = {"__name__": "__main__"}
+        self._ran: list[str] = []
+        self._events: list[str] = []
+        self._seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def close(self) -> None:
+        self._student.close()
+
+    def execute(self, notebook: NotebookNode) -> Execution:
+        outputs = []
+        for cell in notebook.cells:
+            if cell.cell_type != "code" or ("experiment" in cell.metadata.get("tags", []) and not utils.is_grade(cell)):
+                outputs.append(None)
+            elif utils.is_grade(cell) and utils.is_locked(cell):
+                outputs.append(self._check(cell))
+            else:
+                if utils.is_locked(cell):
+                    with self._timed("set-up here"):
+                        exec(compile(cell.source, "<set-up cell>", "exec"), self._here)
+                outputs.append(self._run(cell))
+        left_behind = self._student.running and len(self._student.processes_inside()) > 1
+        with self._timed("stopping the kernel"):
+            self._student.close()
+        if left_behind:
+            self._events.append("left processes running, which were killed")
+        return Execution(outputs, self._events, self._seconds, self._student.cpu_seconds, self._student.peak_bytes)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.monotonic() - start
+
+    def _kernel(self) -> StudentKernel:
+        """Return the student's kernel, started (again) if need be, with all that has run so far run again."""
+        if self._student.cpu_seconds > self._limits.total_cpu_seconds:
+            raise StoppedError(f"the notebook has used up its {self._limits.total_cpu_seconds:g} s of processor time")
+        if time.monotonic() - self._began > self._limits.total_wall_seconds:
+            raise StoppedError(f"the notebook has used up its {self._limits.total_wall_seconds:g} s")
+        if self._student.running:
+            return self._student
+        with self._timed("starting the kernel"):
+            self._student.start()
+        for source in list(self._ran):
+            try:
+                self._student.execute(source)
+            except StoppedError:  # it did not stop the process the first time; one more try without it
+                self._ran.remove(source)
+                return self._kernel()
+        return self._student
+
+    def _run(self, cell: NotebookNode) -> list[dict]:
+        """Run a cell in the student's kernel."""
+        stage = "set-up there" if utils.is_locked(cell) else "the student's cells"
+        try:
+            kernel = self._kernel()
+            with self._timed(stage):
+                outputs = kernel.execute(cell.source)
+        except StoppedError as stopped:
+            self._events.append(f"{_name(cell)} was stopped: {stopped}")
+            return [_error("Stopped", [f"This cell was stopped: {stopped}."])]
+        self._ran.append(cell.source)
+        self._note_denials(cell, outputs)
+        return outputs
+
+    def _check(self, cell: NotebookNode) -> list[dict]:
+        """Run a graded cell here; a failed check ends in one error, which says what is wrong and nothing of the grader."""
+        printed, stopped = [], []
+
+        def kernel() -> StudentKernel:
+            if stopped:  # one crash a check is enough
+                raise stopped[0]
+            try:
+                return self._kernel()
+            except StoppedError as error:
+                stopped.append(error)
+                raise
+
+        def ended(error: StoppedError) -> None:
+            stopped.append(error)
+            self._events.append(f"{_name(cell)}: the code that it calls was stopped: {error}")
+
+        answers = {name: KernelAnswer(name, kernel, printed.append, ended) for name in self._names}
+        said, failed = io.StringIO(), None
+        with self._timed("graded cells"):
+            try:
+                torch.seed()
+                with contextlib.redirect_stdout(said):
+                    exec(compile(cell.source, "<graded cell>", "exec"), self._here | answers)
+            except CheckFailedError as error:
+                failed = error
+        text = "".join(printed)
+        if len(text) > PRINTED_CHARACTERS:
+            text = text[:PRINTED_CHARACTERS] + "\n[...]\n"
+        outputs = [new_output("stream", name="stdout", text=text + said.getvalue())] if text or said.getvalue() else []
+        if failed is not None:
+            outputs.append(_error("CheckFailedError", failed._render_traceback_()))
+        return outputs
+
+    def _note_denials(self, cell: NotebookNode, outputs: list[NotebookNode]) -> None:
+        for output in outputs:
+            if output.output_type == "error":
+                tried = next((denied for denied in DENIED if denied in output.evalue), None)
+                if tried:
+                    self._events.append(f"{_name(cell)} tried what the sandbox denies ({tried})")
+
+
+def _name(cell: NotebookNode) -> str:
+    identity = cell.metadata.get("nbgrader", {}).get("grade_id") or cell.get("id", "?")
+    return f"cell {identity}"
+
+
+def _error(name: str, lines: list[str]) -> NotebookNode:
+    return new_output("error", ename=name, evalue="\n".join(lines), traceback=lines)
+
+
+class ExecuteInSandbox(NbGraderPreprocessor):
+    """Takes the place of nbgrader's `Execute` in autograding.
+
+    `python -m autograder.grade` executes beforehand, perhaps on another machine; then the outputs are only put in.
+    """
+
+    without_sandbox = Bool(False, help="run student code with the grader's own rights").tag(config=True)
+    executed = Unicode("", help="the folder with the executions of this unit, by student; else execute here").tag(config=True)
+
+    def preprocess(self, nb: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
+        """Execute the notebook, or put the outputs in that it gave before."""
+        unit, student = resources["nbgrader"]["assignment"], resources["nbgrader"]["student"]
+        if self.executed:
+            execution = load_execution(Path(self.executed), student, execution_key(nb, unit))
+            if execution is None:
+                raise LookupError(f"{student}'s notebook has not been executed as it is now")
+        else:
+            if self.without_sandbox:
+                self.log.warning("Student code runs WITHOUT a sandbox: it can read the solutions and change any mark.")
+            folder = resources.get("metadata", {}).get("path")
+            submission = Path(folder) if folder else None
+            execution = execute(nb, unit, submission=submission, sandboxed=not self.without_sandbox)
+        execution.put_into(nb)
+        return nb, resources
+
+
+def save_execution(folder: Path, student: str, key: str, execution: Execution) -> None:
+    """Keep an execution in `folder`, whole or not at all."""
+    path = folder / f"{student}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"key": key, "execution": asdict(execution)}))
+    part.replace(path)
+
+
+def load_execution(folder: Path, student: str, key: str) -> Execution | None:
+    """Return the execution kept for a student if it is of the notebook that has this key."""
+    try:
+        kept = json.loads((folder / f"{student}.json").read_text())
+        return Execution(**kept["execution"]) if kept["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def execution_key(notebook: NotebookNode, unit: str) -> str:
+    """Return a digest of the notebook's cells and of all else that executing them depends on, but for other files."""
+    digest = hashlib.sha256(unit_version(unit).encode())
+    for cell in notebook.cells:
+        said = [cell.cell_type, cell.source, cell.metadata.get("tags", []), cell.metadata.get("nbgrader", {})]
+        digest.update(json.dumps(said, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@cache
+def unit_version(unit: str) -> str:
+    """Return a digest of all that a mark depends on besides the submission: grader, `peftlab`, masters, limits, torch."""
+    import peftlab
+
+    folders = [Path(__file__).parent, Path(peftlab.__file__).parent, SOLUTIONS / unit]
+    digest = hashlib.sha256(f"{torch.__version__} {Limits()}".encode())
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -69,7 +69,10 @@ class Exercise:
         if not any(differences):
             print(f"{self.name}: passed, on {len(cases)} fresh random {'case' if len(cases) == 1 else 'cases'}.")
             return
-        named = self.diagnose(observed, expected, cases)
+        try:
+            named = self.diagnose(observed, expected, cases)
+        except Exception:  # likewise; the answer is wrong in any case
+            named = None
         raise CheckFailedError(f"{self.name}: {named or next(filter(None, differences))}")
 
     def observe(self, answers: Sequence[object], case: dict) -> Observation:
@@ -87,6 +90,12 @@ class Exercise:
 
     def difference(self, expected: Observation, observed: Observation, case: dict) -> str | None:
         """Return a sentence on the first field in which `observed` is not right, or None."""
+        try:
+            return self._difference(expected, observed, case)
+        except Exception as error:  # what comes back from another process may be anything
+            return f"what your code gives cannot be compared with what is expected ({type(error).__name__})."
+
+    def _difference(self, expected: Observation, observed: Observation, case: dict) -> str | None:
         if RAISED in observed and RAISED not in expected:
             if observed[RAISED].startswith("NotImplementedError"):
                 return "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."

@@ -1,5 +1,6 @@
 """The reference that grading compares with: the solution cells of a unit's master, run without its experiments."""
 
+import ast
 import importlib.util
 import sys
 from functools import cache
@@ -34,6 +35,25 @@ def solution_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [
         cell for cell in notebook.cells if cell.cell_type == "code" and _marked(cell, "solution") and not _marked(cell, "grade")
     ]
+
+
+def grade_ids(unit: str) -> list[str]:
+    """Return the ids of all cells of the unit's master that nbgrader knows, in order."""
+    marks = [cell.metadata.get("nbgrader", {}) for cell in jupytext.read(master_path(unit)).cells]
+    return [mark["grade_id"] for mark in marks if mark]
+
+
+@cache
+def answer_names(unit: str) -> list[str]:
+    """Return the names that the solution cells of the unit's master define: functions, classes and variables."""
+    names = []
+    for cell in solution_cells(jupytext.read(master_path(unit))):
+        for statement in ast.parse(cell.source).body:
+            if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                names.append(statement.name)
+            elif isinstance(statement, ast.Assign):
+                names += [target.id for target in statement.targets if isinstance(target, ast.Name)]
+    return names
 
 
 def _marked(cell: NotebookNode, mark: str) -> bool:

@@ -1,20 +1,15 @@
 """nbgrader marks real submitted notebooks: full marks, none, and what lies between; no mistake gets its points."""
 
 import itertools
-import re
 
 import nbformat
 import pytest
 
+from attacks import SOLUTION, UNIT
 from autograder.build import instructor_notebook
 from autograder.checks import lora
-from autograder.reference import solution_cells
 from classroom import Classroom, grade_class
 
-UNIT = "08_lora"
-SOLUTION = {
-    cell["id"]: re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source) for cell in solution_cells(instructor_notebook(UNIT))
-}
 POINTS = {
     "check-lora-forward": 2,
     "check-lora-start": 1,

@@ -1,7 +1,9 @@
 """Checks judge answers that live in another process, from nothing but the tensors that come back."""
 
 import pytest
+import torch
 
+from autograder.drive import drive_and_measure
 from autograder.failure import CheckFailedError
 from test_exercises import EXERCISES
 from two_processes import OtherProcess
@@ -44,3 +46,14 @@ def test_memory_is_measured_from_outside(elsewhere):
     sentence = next(sentence for sentence in exercise.mistakes if "process grows" in sentence)
     with pytest.raises(CheckFailedError, match="process grows"):
         exercise(*elsewhere(exercise, exercise.mistakes[sentence]))
+
+
+def test_memory_that_was_freed_before_does_not_hide_an_allocation():
+    """A heap full of freed blocks serves 64 MiB without growing, unless it goes back to the system first."""
+    exercise = EXERCISES["check_lora_memory"]
+    large = next(case for case in exercise.cases(torch.Generator()) if exercise.measures_peak(case))
+    blocks = [torch.ones(1000 * i % 300_000 + 10) for i in range(4000)]
+    del blocks
+    _, peak = drive_and_measure(exercise.driver, exercise.spec, large)
+    base = 4 * large["in_features"] * large["out_features"]
+    assert base <= peak < 1.5 * base

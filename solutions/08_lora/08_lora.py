@@ -513,7 +513,7 @@ for example in reviews.test.select(range(3)):
 # %% [markdown]
 # Fine-tune with LoRA. The learning rate is 25 times what full fine-tuning gets below (Schulman et al. find about ten times
 # best): so few numbers, starting from zero, have a long way to go. `fine_tune` scores the model, trains it, scores it again and
-# writes a results row. Two to three minutes on two CPU cores, seconds on a GPU.
+# writes a results row. About two minutes on two CPU cores, seconds on a GPU.
 
 # %% tags=["experiment"]
 from peftlab.experiment import fine_tune
@@ -524,7 +524,7 @@ model, tokenizer = load_smollm2()
 with_lora(model)
 lora_row = fine_tune(
     model, tokenizer, reviews, unit=UNIT, method="lora", save=lambda path: save_adapter(model, path),
-    steps=60, learning_rate=5e-4, rank=8, alpha=16.0, target_modules=ALL_LINEAR,
+    steps=40, learning_rate=5e-4, rank=8, alpha=16.0, target_modules=ALL_LINEAR,
 )  # fmt: skip
 save_adapter(model, "reviews.safetensors")
 
@@ -537,7 +537,7 @@ from safetensors.torch import save_model
 model, tokenizer = load_smollm2()
 full_row = fine_tune(
     model, tokenizer, reviews, unit=UNIT, method="full", save=lambda path: save_model(model, str(path)),
-    steps=60, learning_rate=2e-5, score_before=lora_row.score_before,
+    steps=40, learning_rate=2e-5, score_before=lora_row.score_before,
 )  # fmt: skip
 
 # %% tags=["experiment"]

@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments benchmark grade feedback sandbox format clean
+.PHONY: help setup lab test build experiments benchmark grade feedback prove sandbox format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ sandbox:
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+prove: $(READY) ## for every exercise: wrong answers caught, right variants passed, automatic mutants rejected
+	$(BIN)/python -m autograder.prove $(UNIT)
 
 clean: ## remove the virtual environment; nothing of yours
 	rm -rf $(VENV)

@@ -61,8 +61,7 @@ class Exercise:
         Raises:
             CheckFailedError: naming the mistake if it is a known one, else what was expected and what came.
         """
-        generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
-        cases = list(self.cases(generator))
+        cases = self.fresh_cases(seed)
         expected = [self.observe(self.spec, case) for case in cases]
         observed = [self.observe(answers, case) for case in cases]
         differences = [self.difference(*pair) for pair in zip(expected, observed, cases, strict=True)]
@@ -74,6 +73,18 @@ class Exercise:
         except Exception:  # likewise; the answer is wrong in any case
             named = None
         raise CheckFailedError(f"{self.name}: {named or next(filter(None, differences))}")
+
+    def fresh_cases(self, seed: int | None = None) -> list[dict]:
+        """Return random inputs: others at each call, or those that belong to a seed."""
+        generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+        return list(self.cases(generator))
+
+    def accepts(self, answers: Sequence[object], seed: int | None = None) -> bool:
+        """Whether answers are right, without saying why not."""
+        for case in self.fresh_cases(seed):
+            if self.difference(self.observe(self.spec, case), self.observe(answers, case), case):
+                return False
+        return True
 
     def observe(self, answers: Sequence[object], case: dict) -> Observation:
         """Return what the driver and the reading see of these answers; if they raise, what they raise."""

@@ -146,7 +146,6 @@ class StudentKernel:
                 continue
             kind, content = message["msg_type"], message["content"]
             if kind == "status" and content.get("execution_state") == "idle":
-                self._look()
                 return outputs
             if kind == "clear_output":
                 outputs.clear()

@@ -22,6 +22,8 @@ SOLUTION = {
 }
 MERGE = SOLUTION["merge"]
 WRONG_MERGE = MERGE.replace("layer.scaling * ", "", 1)
+AFTER_MERGE = ("check-merge", "check-adapter-files", "check-merge-into-head")
+"""What else is lost by breaking torch for the rest of one's own notebook."""
 DEFINES = "def merge(layer):\n    {}\n\n\ndef unmerge(layer):\n    {}\n"
 
 
@@ -41,14 +43,14 @@ def first_cell(source: str) -> Callable[[NotebookNode], None]:
     return lambda notebook: notebook.cells.insert(0, new_code_cell(source))
 
 
-def wrong_and(source: str, **more: object) -> Attack:
+def wrong_and(source: str, lost: tuple[str, ...] = ("check-merge",), said: str = "") -> Attack:
     """A wrong merge, helped by what runs before everything else."""
-    return Attack({"merge": WRONG_MERGE}, ("check-merge",), first_cell(source), **more)
+    return Attack({"merge": WRONG_MERGE}, lost, first_cell(source), said)
 
 
-def merge_that(body: str, **more: object) -> Attack:
+def merge_that(body: str, lost: tuple[str, ...] = ("check-merge",), said: str = "") -> Attack:
     """A merge whose functions do this."""
-    return Attack({"merge": DEFINES.format(body, body)}, ("check-merge",), **more)
+    return Attack({"merge": DEFINES.format(body, body)}, lost, said=said)
 
 
 def marked(name: str, **marks: object) -> Callable[[NotebookNode], None]:
@@ -83,12 +85,14 @@ def merge(layer):
         ("check-merge",),
     ),
     "transforms-its-input": wrong_and(
-        "get_ipython().input_transformers_cleanup.append(lambda lines: ['pass\\n'] if 'check_merge(' in ''.join(lines) else lines)"
+        "blank = lambda lines: ['pass\\n'] if 'check_merge(' in ''.join(lines) else lines\n"
+        "get_ipython().input_transformers_cleanup.append(blank)"
     ),
     "strips-asserts": wrong_and(
         "import ast\nclass Strip(ast.NodeTransformer):\n"
         "    def visit_Assert(self, node): return ast.Pass()\n    def visit_Raise(self, node): return ast.Pass()\n"
-        "get_ipython().ast_transformers.append(Strip())"
+        "get_ipython().ast_transformers.append(Strip())",
+        lost=("check-merge", "check-inject", "check-adapter-files"),  # answers of its own that must raise do not any more
     ),
     "imports-the-spec": Attack({"merge": "from autograder.checks.lora import merge, unmerge"}, ("check-merge",)),
     "runs-the-master": Attack(
@@ -118,12 +122,13 @@ exec(open(found[0]).read())
         "import torch\n    class Evil:\n        def __reduce__(self):\n"
         '            return (exec, (\'open("/tmp/pickled", "w")\',))\n'
         "    save = torch.save\n    torch.save = lambda value, file: save({'stolen': Evil()}, file)",
-        said="",
+        lost=AFTER_MERGE,
     ),
     "returns-a-bomb": merge_that(
         "import torch, zipfile\n    def save(value, file):\n"
         "        with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as z:\n"
-        "            z.writestr('archive/data.pkl', bytes(2**28))\n    torch.save = save"
+        "            z.writestr('archive/data.pkl', bytes(2**28))\n    torch.save = save",
+        lost=AFTER_MERGE,
     ),
     "forges-replies": wrong_and(
         "from IPython.display import publish_display_data\nimport torch, base64, io\n"
@@ -136,8 +141,8 @@ exec(open(found[0]).read())
     ),
     "fakes-its-memory": Attack(
         {
-            "lora-linear": "import resource, copy\nresource.getrusage = lambda *a: None\n"
-            + SOLUTION["lora-linear"].replace("self.base = base", "self.base = copy.deepcopy(base)")
+            "lora-linear": "import resource\nresource.getrusage = lambda *a: None\n"
+            + SOLUTION["lora-linear"].replace("self.base = base", "self.base = base; self.spare = [base.weight.detach() + 0]")
         },
         ("check-lora-memory",),
         said="process grows",
@@ -156,7 +161,7 @@ HARM = {
     "stops-itself": merge_that("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", said="did not end"),
     "exits": merge_that("import os; os._exit(0)", said="ended its own process"),
     "crashes": merge_that("import ctypes; ctypes.string_at(0)", said="ended its own process"),
-    "kills-everyone": merge_that("import os; os.kill(-1, 9)", said="ended its own process"),
+    "kills-everyone": merge_that("import os; os.kill(-1, 9); os.kill(1, 9); os.killpg(0, 9)"),
     "eats-memory": merge_that("x = []\n    while True: x.append(bytearray(2**28))", said="MemoryError"),
     "eats-memory-in-children": merge_that(
         "import os, time\n    for _ in range(8):\n        if os.fork() == 0:\n            x = bytearray(2**30)\n"

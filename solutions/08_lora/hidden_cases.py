@@ -55,3 +55,10 @@ CASES = {
         "with an untied head": lambda generator: tied_case(generator, tied=False),
     },
 }
+
+# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+SURVIVORS = {
+    "5  ->  6": "the spread of lora_A's start, 1/sqrt(in) or 0.93/sqrt(in), is a convention: any random start is right",
+    "list(model.named_modules())  ->  model.named_modules()": "the walk goes on into the new layer, whose only nn.Linear is "
+    "called `base`: the same modules are replaced unless that is a target",
+}

@@ -312,7 +312,7 @@ def _cluster(settings: Settings) -> Iterator[Client]:
         LocalCluster(
             n_workers=settings.workers,
             threads_per_worker=1,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             memory_limit=0,
             silence_logs="ERROR",
             host="127.0.0.1",

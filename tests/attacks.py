@@ -142,7 +142,7 @@ exec(open(found[0]).read())
     "fakes-its-memory": Attack(
         {
             "lora-linear": "import resource\nresource.getrusage = lambda *a: None\n"
-            + SOLUTION["lora-linear"].replace("self.base = base", "self.base = base; self.spare = [base.weight.detach() + 0]")
+            + SOLUTION["lora-linear"].replace("self.base = base", "self.spare = [base.weight.detach() + 0]; self.base = base")
         },
         ("check-lora-memory",),
         said="process grows",

@@ -23,6 +23,11 @@ class PeftMemTracker(MemTracker):
             if self._peak_mem.get(device, 0) < now["Total"]:
                 self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
 
+    def restart_peak(self) -> None:
+        """Forget the peak so far: from now on it is the largest moment since now."""
+        for device, now in self._curr_mem_snap.items():
+            self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
     def bytes_by_category(self, kind: str) -> dict[str, int]:
         """Return the bytes of the "current" moment or the "peak", summed over devices, by MemTracker's category."""
         total: dict[str, int] = {}

@@ -1,117 +1,146 @@
 """nbgrader marks real submitted notebooks: full marks, none, and what lies between; no mistake gets its points."""
 
 import itertools
+import re
+from dataclasses import dataclass
+from functools import cache
 
 import nbformat
 import pytest
 
 from attacks import SOLUTION, UNIT
 from autograder.build import instructor_notebook
-from autograder.checks import lora
-from classroom import Classroom, grade_class
+from autograder.exercise import Exercise
+from autograder.reference import load_hidden_cases, load_reference, master_path, solution_cells, units
+from classroom import Classroom, Mark, grade_class
 
-POINTS = {
-    "check-lora-forward": 2,
-    "check-lora-start": 1,
-    "check-lora-memory": 2,
-    "check-inject": 2,
-    "check-merge": 2,
-    "check-adapter-files": 2,
-    "check-merge-into-head": 1,
-}
-ANSWERED_IN = {
-    "check-lora-forward": "lora-linear",
-    "check-lora-start": "lora-linear",
-    "check-lora-memory": "lora-linear",
-    "check-inject": "inject",
-    "check-merge": "merge",
-    "check-adapter-files": "adapter-files",
-    "check-merge-into-head": "merge-into-head",
-}
+GRADED_UNITS = [unit for unit in units() if master_path(unit).with_name("hidden_cases.py").is_file()]
 
 
-def exercise(check: str):
-    return lora.EXERCISES[check.replace("-", "_")]
+@dataclass(frozen=True)
+class Unit:
+    """What the tests need to know of a unit, all of it read from its master."""
+
+    name: str
+    solution: dict[str, str]
+    points: dict[str, float]
+    by_hand: dict[str, float]
+    exercises: dict[str, Exercise]
+    answered_in: dict[str, str]
 
 
-def notebooks(kind: str) -> dict[str, dict[str, str]]:
+@cache
+def look_at(unit: str) -> Unit:
+    notebook = instructor_notebook(unit)
+    solution = {cell["id"]: _without_markers(cell.source) for cell in solution_cells(notebook)}
+    graded = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
+    points = {cell["id"]: cell.metadata.nbgrader.points for cell in graded}
+    checks = {_check_of(unit, exercise): exercise for exercise in load_hidden_cases(unit).CASES}
+    return Unit(
+        unit,
+        solution,
+        {cell: points[cell] for cell in points if cell in checks},
+        {cell: points[cell] for cell in points if cell not in checks},
+        checks,
+        {check: _defined_in(solution, exercise.spec[0].__name__) for check, exercise in checks.items()},
+    )
+
+
+def _defined_in(solution: dict[str, str], name: str) -> str:
+    return next(cell for cell, source in solution.items() if re.search(rf"^(def|class) {name}\b", source, re.MULTILINE))
+
+
+def _check_of(unit: str, exercise: Exercise) -> str:
+    (name,) = (name for name, value in vars(load_reference(unit)).items() if value is exercise)
+    return name.replace("_", "-")
+
+
+def _without_markers(source: str) -> str:
+    return re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", source)
+
+
+def notebooks(unit: Unit, kind: str) -> dict[str, dict[str, str]]:
     """Spread all mistakes, or all variants, over as few notebooks as can be: at most one a cell.
 
     Returns, for each notebook, the sentence or the variant's name by the check that it is meant for.
     """
     queues: dict[str, list] = {}
-    for check, cell in ANSWERED_IN.items():
-        queues.setdefault(cell, []).extend((check, name) for name in getattr(exercise(check), kind))
+    for check, cell in unit.answered_in.items():
+        queues.setdefault(cell, []).extend((check, name) for name in getattr(unit.exercises[check], kind))
     columns = itertools.zip_longest(*queues.values())
     return {f"{kind}{number:02}": dict(filter(None, column)) for number, column in enumerate(columns)}
 
 
-def answers(kind: str, chosen: dict[str, str]) -> dict[str, str]:
-    changed = {
-        ANSWERED_IN[check]: exercise(check).source(getattr(exercise(check), kind)[name]) for check, name in chosen.items()
-    }
-    return SOLUTION | changed
+def answers(unit: Unit, kind: str, chosen: dict[str, str]) -> dict[str, str]:
+    changed = {}
+    for check, name in chosen.items():
+        exercise = unit.exercises[check]
+        changed[unit.answered_in[check]] = exercise.source(getattr(exercise, kind)[name])
+    return unit.solution | changed
 
 
-@pytest.fixture(scope="module")
-def marks(tmp_path_factory):
-    students = {"right": SOLUTION | {"colleague": "She still pays for the activations."}, "untouched": {}}
-    students["half"] = {cell: SOLUTION[cell] for cell in ("lora-linear", "merge")}
-    students["warns"] = SOLUTION | {"merge": SOLUTION["merge"] + "\nimport warnings; warnings.warn('mind the gap')"}
+@pytest.fixture(scope="module", params=GRADED_UNITS)
+def marked(request, tmp_path_factory) -> tuple[Unit, dict[str, Mark]]:
+    """A class in which every known mistake and every variant is handed in by somebody."""
+    unit = look_at(request.param)
+    written = dict.fromkeys(unit.by_hand, "She still pays for the activations.")
+    half = list(unit.solution)[::2]
+    students = {"right": unit.solution | written, "untouched": {}, "half": {cell: unit.solution[cell] for cell in half}}
     for kind in ("mistakes", "variants"):
-        students |= {student: answers(kind, chosen) for student, chosen in notebooks(kind).items()}
-    return grade_class(tmp_path_factory.mktemp("class"), UNIT, students)
+        students |= {student: answers(unit, kind, chosen) for student, chosen in notebooks(unit, kind).items()}
+    return unit, grade_class(tmp_path_factory.mktemp("class"), unit.name, students)
 
 
-def test_the_points_of_the_unit():
-    notebook = instructor_notebook(UNIT)
-    graded = {
-        cell["id"]: cell.metadata.nbgrader.points for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")
-    }
-    assert graded == POINTS | {"colleague": 2}
+def test_every_check_of_the_unit_is_graded_and_tested(marked):
+    unit, _ = marked
+    assert unit.exercises.keys() == unit.points.keys() and len(unit.exercises) == len(load_hidden_cases(unit.name).CASES)
+    assert len(unit.by_hand) == 1
 
 
-def test_the_solution_gets_full_marks(marks):
-    assert {check: marks["right"].scores[check] for check in POINTS} == POINTS
+def test_the_solution_gets_full_marks(marked):
+    unit, marks = marked
+    assert {check: marks["right"].scores[check] for check in unit.points} == unit.points
     assert not marks["right"].errors
 
 
-def test_the_untouched_release_gets_none(marks):
-    assert {marks["untouched"].scores[check] for check in POINTS} == {0}
-    for check in POINTS:
+def test_the_untouched_release_gets_none(marked):
+    unit, marks = marked
+    assert {marks["untouched"].scores[check] for check in unit.points} == {0}
+    for check in unit.points:
         assert "not written yet" in marks["untouched"].errors[check]
 
 
-def test_part_of_the_work_gets_part_of_the_marks(marks):
-    expected = {check: points if ANSWERED_IN[check] in ("lora-linear", "merge") else 0 for check, points in POINTS.items()}
-    assert {check: marks["half"].scores[check] for check in POINTS} == expected
+def test_part_of_the_work_gets_part_of_the_marks(marked):
+    unit, marks = marked
+    half = list(unit.solution)[::2]
+    expected = {check: points if unit.answered_in[check] in half else 0 for check, points in unit.points.items()}
+    assert {check: marks["half"].scores[check] for check in unit.points} == expected
 
 
-def test_a_warning_costs_nothing(marks):
-    assert {check: marks["warns"].scores[check] for check in POINTS} == POINTS
+def test_the_written_question_waits_for_a_person(marked):
+    unit, marks = marked
+    assert marks["right"].waiting == unit.by_hand.keys()
+    for question in unit.by_hand:
+        assert marks["right"].scores[question] is None
+        assert marks["untouched"].scores[question] == 0
 
 
-def test_the_written_question_waits_for_a_person(marks):
-    assert marks["right"].waiting == {"colleague"}
-    assert marks["right"].scores["colleague"] is None
-    assert marks["untouched"].scores["colleague"] == 0
+def test_every_mistake_loses_its_points_in_the_students_notebook(marked):
+    unit, marks = marked
+    for student, chosen in notebooks(unit, "mistakes").items():
+        for check, sentence in chosen.items():
+            assert marks[student].scores[check] == 0, sentence
+            assert sentence in marks[student].errors[check]
 
 
-@pytest.mark.parametrize(
-    ("student", "check", "sentence"),
-    [(student, check, sentence) for student, chosen in notebooks("mistakes").items() for check, sentence in chosen.items()],
-)
-def test_every_mistake_loses_its_points_in_the_students_notebook(marks, student, check, sentence):
-    assert marks[student].scores[check] == 0
-    assert sentence in marks[student].errors[check]
+def test_every_variant_gets_full_marks_in_the_students_notebook(marked):
+    unit, marks = marked
+    for student, chosen in notebooks(unit, "variants").items():
+        for check, variant in chosen.items():
+            assert marks[student].scores[check] == unit.points[check], (variant, marks[student].errors.get(check))
 
 
-@pytest.mark.parametrize(
-    ("student", "check", "variant"),
-    [(student, check, variant) for student, chosen in notebooks("variants").items() for check, variant in chosen.items()],
-)
-def test_every_variant_gets_full_marks_in_the_students_notebook(marks, student, check, variant):
-    assert marks[student].scores[check] == POINTS[check], marks[student].errors.get(check)
+POINTS = look_at(UNIT).points
 
 
 @pytest.fixture

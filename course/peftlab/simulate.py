@@ -103,9 +103,7 @@ def fake_parameters(model: nn.Module, device: str = "cpu") -> None:
             held.update({name: fake(tensor) for name, tensor in held.items() if tensor is not None})
 
 
-def _measure(
-    model: Llama, optimizer_class: Callable, batch_size: int, sequence_length: int
-) -> tuple[StepMemory, list[int]]:
+def _measure(model: Llama, optimizer_class: Callable, batch_size: int, sequence_length: int) -> tuple[StepMemory, list[int]]:
     """Return what a step takes, and the peak bytes in each of its stages: between one layer and the next, and so on."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -162,9 +160,7 @@ def _measure(
     return memory, stages
 
 
-def _extrapolated(
-    two: tuple[StepMemory, Sequence[int]], three: tuple[StepMemory, Sequence[int]], layers: int
-) -> StepMemory:
+def _extrapolated(two: tuple[StepMemory, Sequence[int]], three: tuple[StepMemory, Sequence[int]], layers: int) -> StepMemory:
     """Follow the line through two and three layers.
 
     The peak of a step is no line but the largest of several, one for each stage: the first and the last layer's forward, the

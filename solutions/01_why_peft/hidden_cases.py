@@ -1,0 +1,68 @@
+"""The hidden cases of unit 01_why_peft: for every check, what kind of case it is and how to make one."""
+
+from dataclasses import asdict
+
+import torch
+from peftlab.llama import PRESETS
+
+from autograder.checks.why_peft import (
+    activations_case,
+    adam_case,
+    bytes_case,
+    check_activation_bytes,
+    check_adam_step,
+    check_classify,
+    check_count_parameters,
+    check_count_trainable,
+    check_training_bytes,
+    evidence_case,
+    random_config,
+    trainable_case,
+)
+
+
+def _preset(name: str):
+    return lambda generator: asdict(PRESETS[name])
+
+
+CASES = {
+    check_count_parameters: {
+        "for SmolLM2-135M": _preset("SmolLM2-135M"),
+        "for LLaMA-7B": _preset("LLaMA-7B"),
+        "for LLaMA-13B": _preset("LLaMA-13B"),
+        "for LLaMA-65B": _preset("LLaMA-65B"),
+        "for a tied model without grouped-query attention": lambda generator: random_config(
+            generator, grouped=False, tied=True
+        ),
+    },
+    check_training_bytes: {
+        "for a model of billions": lambda generator: bytes_case(generator, scale=7_000_000),
+        "where nothing is adapted": lambda generator: bytes_case(generator) | {"adapted": 0},
+    },
+    check_activation_bytes: {
+        "for one long sequence": lambda generator: (
+            activations_case(generator, False) | {"batch_size": 1, "sequence_length": 1024}
+        ),
+        "without grouped-query attention": lambda generator: activations_case(generator, False, grouped=False),
+        "for one layer, with checkpointing": lambda generator: activations_case(generator, True) | {"num_hidden_layers": 1},
+    },
+    check_adam_step: {
+        "in fp32": lambda generator: adam_case(generator, torch.float32),
+        "in the thousandth step": lambda generator: adam_case(generator) | {"step": 1000},
+    },
+    check_classify: {"for a deeper model": lambda generator: evidence_case(generator, layers=4)},
+    check_count_trainable: {
+        "for a wide model": lambda generator: trainable_case(generator) | {"out_features": 501},
+        "for a tied one": lambda generator: trainable_case(generator, tied=True),
+    },
+}
+
+# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+_HEADS = "one number a head is under a hundredth of what a layer keeps; the check allows two hundredths"
+SURVIVORS = {
+    "2 * norm + 2 * (2 * h + 2 * k) + 4 * heads  ->  2 * norm + 2 * (2 * h + 2 * k) - 4 * heads": _HEADS,
+    "4 * heads  ->  4 / heads": _HEADS,
+    "4  ->  5": _HEADS,
+    "torch.Size(getattr(parameter, 'original_shape', parameter.shape))  ->  "
+    "getattr(parameter, 'original_shape', parameter.shape)": "it is a torch.Size already",
+}

@@ -1,0 +1,129 @@
+"""Fake tensors take the bytes that real ones take, and a few layers tell what many will."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from autograder.checks.why_peft import activation_bytes, activations_case, count_parameters, training_bytes
+from autograder.reference import load_reference
+from peftlab import calculator
+from peftlab.llama import PRESETS, Llama, LlamaConfig
+from peftlab.memory import measure_training_step
+from peftlab.recipes import RECIPES
+from peftlab.simulate import next_token_loss, simulate_training_step
+
+MODEL = LlamaConfig(1000, 256, 688, 9, 8, 4)
+
+
+def with_lora(model: Llama) -> None:
+    """The master's own LoRA of unit 08, as any method may be measured."""
+    reference = load_reference("08_lora")
+    reference.inject(model, ["q_proj", "down_proj"], lambda base: reference.LoRALinear(base, 8, 16.0))
+
+
+def nothing(model: Llama) -> None:
+    """Everything is trained."""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prepare", [nothing, with_lora])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_fake_equals_real_to_the_byte(prepare, checkpointing, dtype):
+    small = replace(MODEL, num_hidden_layers=3)
+    model = Llama(small).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    prepare(model)
+    model.model.gradient_checkpointing = checkpointing
+    input_ids = torch.randint(0, 1000, (2, 48))
+    real = measure_training_step(model, lambda: next_token_loss(model, input_ids))
+    fake = simulate_training_step(
+        small, prepare, dtype=dtype, batch_size=2, sequence_length=48, checkpointing=checkpointing, whole_model=True
+    )
+    assert fake == real
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("tokens", [16, 256])
+def test_two_and_three_layers_tell_what_nine_take(recipe, checkpointing, tokens):
+    settings = {"checkpointing": checkpointing, "sequence_length": tokens}
+    assert RECIPES[recipe].measure(MODEL, **settings) == RECIPES[recipe].measure(MODEL, whole_model=True, **settings)
+
+
+def test_7b_as_published():
+    step = RECIPES["fp16"].measure(PRESETS["LLaMA-7B"])
+    # transformers' model has 512 bytes of buffers more, for the angles of RoPE.
+    assert step.parameters + step.gradients + step.optimizer_state == 53_907_326_604 - 512
+    qlora = RECIPES["QLoRA"].measure(PRESETS["LLaMA-65B"], checkpointing=True)
+    full = RECIPES["bf16, fp32 moments"].measure(PRESETS["LLaMA-65B"])
+    assert full.peak > 780e9 and qlora.peak < 48e9  # Dettmers et al. 2023, abstract
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
+def test_the_count_is_that_of_the_model(name):
+    with torch.device("meta"):
+        model = Llama(PRESETS[name])
+    assert count_parameters(PRESETS[name]) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_formula_of_what_stays_is_measured(recipe):
+    config = PRESETS["LLaMA-7B"]
+    step = RECIPES[recipe].measure(config)
+    linear = config.num_hidden_layers * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
+    trained = step.gradients // 2 if "LoRA" in recipe else 0
+    formula = training_bytes(count_parameters(config), linear, trained, recipe)
+    measured = {"weights": step.parameters, "gradients": step.gradients, "optimizer state": step.optimizer_state}
+    for category, size in measured.items():
+        assert size == pytest.approx(formula[category], rel=1e-4), category
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_formula_of_activations_is_measured(checkpointing, seed):
+    case = activations_case(torch.Generator().manual_seed(seed), checkpointing)
+    settings = {name: case.pop(name) for name in ("batch_size", "sequence_length", "checkpointing")}
+    config = LlamaConfig(**case)
+    measured = simulate_training_step(config, **settings).activations
+    assert measured == pytest.approx(activation_bytes(config, **settings), rel=0.01)
+
+
+def test_a_method_that_treats_layers_differently_is_measured_whole():
+    def last_layer(model: Llama) -> None:
+        model.requires_grad_(False)
+        model.model.layers[-1].requires_grad_(True)
+
+    with pytest.raises(ValueError, match="whole_model=True"):
+        simulate_training_step(MODEL, last_layer)
+    assert simulate_training_step(MODEL, last_layer, whole_model=True).gradients > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"sequence_length": -1}, "sequence_length must be positive"),
+        ({"sequence_length": 1}, "at least 2"),
+        ({"dtype": "fp12"}, "unknown dtype 'fp12'"),
+        ({"prepare": lambda model: model.requires_grad_(False)}, "nothing to measure"),
+    ],
+)
+def test_bad_sizes_get_clear_errors(settings, said):
+    with pytest.raises(ValueError, match=said):
+        simulate_training_step(MODEL, **settings)
+
+
+def test_the_calculator_draws_and_refuses(monkeypatch, capsys):
+    memory = calculator.needs("SmolLM2-135M", "QLoRA", sequence_length=64)
+    figure = calculator.picture(memory, "T4, 16 GB", "SmolLM2")
+    assert "fits" in figure.axes[0].get_title()
+    with pytest.raises(ValueError, match="unknown model"):
+        calculator.needs("GPT-5")
+    with pytest.raises(ValueError, match="unknown recipe"):
+        calculator.needs(recipe="magic")
+    with pytest.raises(ValueError, match="rank"):
+        calculator.needs(rank=0)
+    monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
+    monkeypatch.setattr(calculator.plots, "show", lambda figure, alt: print(alt))
+    calculator.calculator()
+    assert "fits on RTX 4090" in capsys.readouterr().out

@@ -11,6 +11,7 @@ submission may be executed on any machine that has the masters, and be marked el
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import time
@@ -28,11 +29,12 @@ from nbgrader.preprocessors import NbGraderPreprocessor
 from traitlets import Bool, Unicode
 
 from autograder.failure import CheckFailedError
-from autograder.reference import SOLUTIONS, answer_names
+from autograder.reference import SOLUTIONS, answer_names, exercises_of
 from autograder.sandbox import Limits, require_sandbox
 from autograder.student_kernel import KernelAnswer, StoppedError, StudentKernel
 
 PRINTED_CHARACTERS = 2000
+NO_PART_IN_MARKS = ("build", "mutants", "prove", "report", "run_masters")
 DENIED = ("Read-only file system", "Network is unreachable", "Temporary failure in name resolution", "Permission denied")
 
 
@@ -276,11 +278,15 @@ def execution_key(notebook: NotebookNode, unit: str) -> str:
 
 @cache
 def unit_version(unit: str) -> str:
-    """Return a digest of all that a mark depends on besides the submission: grader, `peftlab`, masters, limits, torch."""
+    """Return a digest of all that a mark depends on besides the submission: grader, checks, `peftlab`, master, limits, torch."""
     import peftlab
 
-    folders = [Path(__file__).parent, Path(peftlab.__file__).parent, SOLUTIONS / unit]
+    here = Path(__file__).parent
+    files = [path for path in here.glob("*.py") if path.stem not in NO_PART_IN_MARKS]
+    files += Path(peftlab.__file__).parent.rglob("*.py")
+    files += (SOLUTIONS / unit).glob("*.py")
+    files += {Path(inspect.getfile(exercise.driver)) for exercise in exercises_of(unit)}
     digest = hashlib.sha256(f"{torch.__version__} {Limits()}".encode())
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -25,7 +25,7 @@ from autograder import hidden
 from autograder.exercise import Exercise
 from autograder.failure import CheckFailedError
 from autograder.mutants import Mutant, mutants
-from autograder.reference import load_hidden_cases, load_reference, master_path, solution_cells, units
+from autograder.reference import exercises_of, load_hidden_cases, load_reference, master_path, solution_cells, units
 
 SECONDS = 20
 """After so long a mutant counts as rejected: it loops."""
@@ -78,7 +78,7 @@ class Proof:
 def prove(unit: str) -> Proof:
     """Try every mistake, variant and mutant of a unit's exercises."""
     proof = Proof(unit)
-    exercises = list(load_hidden_cases(unit).CASES)
+    exercises = exercises_of(unit)
     for exercise in tqdm(exercises, desc=f"{unit}, known answers", disable=None):
         proof.mistakes += len(exercise.mistakes)
         proof.variants += len(exercise.variants)
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m autograder.prove", description="Prove the grader.")
     parser.add_argument("units", nargs="*", metavar="UNIT", help="such as 08_lora; default: all with graded exercises")
     options = parser.parse_args(arguments)
-    graded = [unit for unit in units() if master_path(unit).with_name("hidden_cases.py").is_file()]
+    graded = [unit for unit in units() if exercises_of(unit)]
     for name in options.units:
         if name not in graded:
             parser.error(f"{name!r} has no graded exercises; these have: {', '.join(graded)}")

@@ -73,6 +73,12 @@ def load_reference(unit: str) -> ModuleType:
     return module
 
 
+def exercises_of(unit: str) -> list:
+    """Return the unit's exercises (`autograder.exercise.Exercise`); none if nothing in it is graded by a check."""
+    hidden_cases = master_path(unit).with_name("hidden_cases.py")
+    return list(load_hidden_cases(unit).CASES) if hidden_cases.is_file() else []
+
+
 @cache
 def load_hidden_cases(unit: str) -> ModuleType:
     """Return the module `hidden_cases.py` that lies beside the unit's master."""

@@ -71,7 +71,7 @@ def require_sandbox() -> None:
     if problem:
         raise SandboxMissingError(
             f"{problem}\nWithout it student code runs with your rights and can change marks. "
-            "To go on all the same: --without-sandbox"
+            "To go on all the same: --without-sandbox (with nbgrader's own autograde: --ExecuteInSandbox.without_sandbox=True)"
         )
 
 

@@ -13,6 +13,7 @@ from nbgrader.apps import NbGraderAPI
 from nbgrader.coursedir import CourseDirectory
 
 from autograder.build import course_config, generate, write_instructor_notebook
+from autograder.sandbox import sandbox_problem
 
 Answers = dict[str, str]
 """Source by the id of the cell that it goes into."""
@@ -33,6 +34,7 @@ class Classroom:
         write_instructor_notebook(unit, root / "solutions")
         self.release = generate(unit, root, root / "release", database=True)
         config = course_config(root)
+        config.ExecuteInSandbox.without_sandbox = sandbox_problem() is not None
         self.api = NbGraderAPI(CourseDirectory(config=config), config=config)
 
     def released(self) -> NotebookNode:

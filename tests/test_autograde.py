@@ -11,10 +11,10 @@ import pytest
 from attacks import SOLUTION, UNIT
 from autograder.build import instructor_notebook
 from autograder.exercise import Exercise
-from autograder.reference import load_hidden_cases, load_reference, master_path, solution_cells, units
+from autograder.reference import exercises_of, load_reference, solution_cells, units
 from classroom import Classroom, Mark, grade_class
 
-GRADED_UNITS = [unit for unit in units() if master_path(unit).with_name("hidden_cases.py").is_file()]
+GRADED_UNITS = [unit for unit in units() if exercises_of(unit)]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def look_at(unit: str) -> Unit:
     solution = {cell["id"]: _without_markers(cell.source) for cell in solution_cells(notebook)}
     graded = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
     points = {cell["id"]: cell.metadata.nbgrader.points for cell in graded}
-    checks = {_check_of(unit, exercise): exercise for exercise in load_hidden_cases(unit).CASES}
+    checks = {_check_of(unit, exercise): exercise for exercise in exercises_of(unit)}
     return Unit(
         unit,
         solution,
@@ -93,7 +93,7 @@ def marked(request, tmp_path_factory) -> tuple[Unit, dict[str, Mark]]:
 
 def test_every_check_of_the_unit_is_graded_and_tested(marked):
     unit, _ = marked
-    assert unit.exercises.keys() == unit.points.keys() and len(unit.exercises) == len(load_hidden_cases(unit.name).CASES)
+    assert unit.exercises.keys() == unit.points.keys() and len(unit.exercises) == len(exercises_of(unit.name))
     assert len(unit.by_hand) == 1
 
 

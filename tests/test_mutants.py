@@ -6,6 +6,7 @@ import pytest
 
 from autograder.mutants import mutants
 from autograder.prove import Proof, prove
+from autograder.reference import exercises_of, units
 
 SOURCE = '''
 def scaled(x: float, rank: int = 8) -> float:
@@ -33,7 +34,8 @@ def test_a_survivor_without_a_reason_fails_the_proof():
 
 
 @pytest.mark.slow
-def test_the_proof_of_the_units():
-    proof = prove("08_lora")
+@pytest.mark.parametrize("unit", [unit for unit in units() if exercises_of(unit)])
+def test_the_proof_of_the_unit(unit):
+    proof = prove(unit)
     assert proof.holds, str(proof)
-    assert proof.mistakes >= 8 * 7 and proof.variants >= 3 * 7
+    assert proof.mistakes >= 8 * len(exercises_of(unit)) and proof.variants >= 3 * len(exercises_of(unit))

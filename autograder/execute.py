@@ -278,7 +278,7 @@ def execution_key(notebook: NotebookNode, unit: str) -> str:
 
 @cache
 def unit_version(unit: str) -> str:
-    """Return a digest of all that a mark depends on besides the submission: grader, checks, `peftlab`, master, limits, torch."""
+    """Return a digest of what a mark depends on besides the submission: grader, checks, `peftlab`, master, limits, torch."""
     import peftlab
 
     here = Path(__file__).parent

@@ -128,10 +128,11 @@ def save(measured: Spectra, unit: str) -> Path:
 
     arrays = {"described": np.array(json.dumps(measured.described))}
     arrays["scores"] = np.array(sorted(measured.scores.items()), dtype=np.float64)
+    arrays["names"] = np.array(json.dumps({name: len(sigma) for name, sigma in measured.weights.items()}))
     for kind in ("weights", "updates"):
-        for name, sigma in getattr(measured, kind).items():
-            arrays[f"{kind}/{name}/largest"] = np.array(sigma[0].item())
-            arrays[f"{kind}/{name}"] = (sigma / sigma[0]).half().numpy()
+        spectra = [getattr(measured, kind)[name] for name in measured.weights]
+        arrays[f"{kind}/largest"] = torch.stack([sigma[0] for sigma in spectra]).numpy()
+        arrays[kind] = torch.cat([sigma / sigma[0] for sigma in spectra]).half().numpy()
     for kind in ("directions", "lora_directions"):
         for name, pair in getattr(measured, kind).items():
             for number, vectors in enumerate(pair):
@@ -147,16 +148,21 @@ def save(measured: Spectra, unit: str) -> Path:
 def load(unit: str) -> Spectra:
     """Return this reader's own measurement if there is one, else the one that comes with the course.
 
+    What an own measurement has not come to yet, the LoRA runs, is taken from the course's. A short run's file counts in
+    short runs only.
+
     Raises:
         FileNotFoundError: if there is neither.
     """
-    for folder in (results.results_folder(), results.SHIPPED):
-        path = folder / unit / FILE
-        if path.is_file():
-            measured = _read(path)
-            if settings.short() or not measured.described["short"]:
-                return measured
-    raise FileNotFoundError(f"{results.SHIPPED / unit / FILE} is missing: reinstall the course, or measure it again")
+    own, shipped = (folder / unit / FILE for folder in (results.results_folder(), results.SHIPPED))
+    measured = _read(own) if own.is_file() else None
+    if measured is None or (measured.described["short"] and not settings.short()):
+        if not shipped.is_file():
+            raise FileNotFoundError(f"{shipped} is missing: reinstall the course, or measure it again")
+        return _read(shipped)
+    if not measured.lora_directions and shipped.is_file():
+        measured.lora_directions = _read(shipped).lora_directions
+    return measured
 
 
 def _read(path: Path) -> Spectra:
@@ -166,12 +172,14 @@ def _read(path: Path) -> Spectra:
     with np.load(path) as arrays:
         measured.described = json.loads(str(arrays["described"]))
         measured.scores = {int(rank): score for rank, score in arrays["scores"].tolist()}
+        sizes = json.loads(str(arrays["names"]))
+        for kind in ("weights", "updates"):
+            relative = torch.tensor(arrays[kind]).float().split(list(sizes.values()))
+            largest = torch.tensor(arrays[f"{kind}/largest"])
+            setattr(measured, kind, dict(zip(sizes, (r * x for r, x in zip(relative, largest)))))
         for key in arrays.files:
             kind, _, name = key.partition("/")
-            if kind in ("weights", "updates") and not key.endswith("/largest"):
-                largest = float(arrays[f"{key}/largest"])
-                getattr(measured, kind)[name] = torch.tensor(arrays[key]).float() * largest
-            elif key.endswith("/0"):
+            if kind in ("directions", "lora_directions") and key.endswith("/0"):
                 pair = tuple(torch.tensor(arrays[f"{key[:-2]}/{number}"]).float() for number in (0, 1))
                 getattr(measured, kind)[name.removesuffix("/0")] = pair
     return measured
@@ -202,8 +210,8 @@ def decay(spectra: Mapping[str, Tensor], title: str) -> "Figure":
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for number, (name, sigma) in enumerate(spectra.items()):
         axes.plot(range(1, len(sigma) + 1), sigma / sigma[0], color=SERIES[number], label=name)
-    axes.set(title=title, xlabel="number of the singular value", ylabel="share of the largest", yscale="log", ylim=(1e-3, 1.3))
-    axes.legend(frameon=False)
+    axes.set(title=title, xlabel="number of the singular value", ylabel="share of the largest", yscale="log", ylim=(1e-4, 1.3))
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     axes.grid(alpha=0.3)
     return figure
 
@@ -216,8 +224,8 @@ def by_layer(ranks: Mapping[str, Mapping[int, float]], title: str, ylabel: str) 
 
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for number, (name, values) in enumerate(ranks.items()):
-        style = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "markersize": 3}
-        axes.plot(list(values), list(values.values()), label=name, **style)
+        colour, marker = (*SERIES, "#000000")[number % 7], (*MARKERS, "X")[number % 7]
+        axes.plot(list(values), list(values.values()), color=colour, marker=marker, markersize=4, label=name)
     axes.set(title=title, xlabel="decoder layer", ylabel=ylabel, ylim=(0, None))
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     axes.grid(alpha=0.3)

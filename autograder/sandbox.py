@@ -59,7 +59,7 @@ def sandbox_problem() -> str | None:
         return "The sandbox needs Linux: grade in a Linux virtual machine or container."
     if shutil.which("bwrap") is None or shutil.which("prlimit") is None:
         return "bubblewrap is missing. Install it, on Debian or Ubuntu by: sudo apt-get install bubblewrap"
-    trial = subprocess.run([*_enclosure([]), "--", "true"], capture_output=True, text=True, check=False)
+    trial = subprocess.run([*_enclosure(Limits()), "--", "true"], capture_output=True, text=True, check=False)
     if trial.returncode == 0:
         return None
     return f"bubblewrap (0.8 or newer is needed) cannot make a sandbox on this machine: {trial.stderr.strip()}"
@@ -82,8 +82,7 @@ def sandboxed(command: list[str], limits: Limits, run_folder: Path, submission: 
         run_folder: holds the kernel's connection file and sockets; the one folder that both sides write to.
         submission: a folder whose files are copied to the working directory inside.
     """
-    scratch = str(limits.scratch_bytes)
-    box = _enclosure(["--size", scratch, "--tmpfs", "/tmp", "--size", scratch, "--tmpfs", HOME, "--chdir", HOME])
+    box = _enclosure(limits)
     box += ["--bind", str(run_folder), str(run_folder)]
     if submission is not None:
         box += ["--ro-bind", str(submission), SUBMISSION]
@@ -101,10 +100,12 @@ def sandboxed(command: list[str], limits: Limits, run_folder: Path, submission: 
     return [*box, "--", "sh", "-c", copy_then_run, "sh", *limited, *command]
 
 
-def _enclosure(more: list[str]) -> list[str]:
+def _enclosure(limits: Limits) -> list[str]:
     """Return the bubblewrap command line up to the command that runs inside."""
     box = ["bwrap", "--unshare-all", "--unshare-user", "--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"]
     box += ["--cap-drop", "ALL", "--disable-userns", "--die-with-parent", "--new-session", "--clearenv"]
+    for folder in ("/tmp", HOME):  # before the rest, which may lie below them
+        box += ["--size", str(limits.scratch_bytes), "--tmpfs", folder]
     for path in _readable():
         box += ["--ro-bind", path, path]
     for path in HIDDEN:  # they may lie inside an environment that is readable
@@ -113,7 +114,7 @@ def _enclosure(more: list[str]) -> list[str]:
     box += ["--ro-bind", str(STAND_IN), "/opt/autograder", "--proc", "/proc", "--dev", "/dev"]
     for name, value in _environment().items():
         box += ["--setenv", name, value]
-    return box + more
+    return [*box, "--chdir", HOME]
 
 
 def _readable() -> list[str]:

@@ -768,6 +768,16 @@ from torch.nn.utils.parametrize import register_parametrization
 TARGETS = ("q_proj", "v_proj")
 
 
+def products_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the product of the factors beside each weight, by the weight's name."""
+    return {
+        name.removeprefix("model.").split(".parametrizations")[0]: (module.B @ module.A).detach().cpu()
+        for name, module in model.named_modules()
+        if isinstance(module, AddedProduct)
+    }
+
+
+# %% tags=["experiment"]
 def lora_directions(rank: int) -> dict[str, Tensor]:
     """Fine-tune with factors of this rank; return the right singular vectors of two of their products."""
     torch.manual_seed(rank)
@@ -780,11 +790,7 @@ def lora_directions(rank: int) -> dict[str, Tensor]:
         save=lambda path: save_file({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, path),
         steps=40, learning_rate=5e-4, rank=rank, alpha=2.0 * rank, target_modules=list(TARGETS),
     )  # fmt: skip
-    products = {
-        name.removeprefix("model.").split(".parametrizations")[0]: (module.B @ module.A).detach().cpu()
-        for name, module in model.named_modules()
-        if isinstance(module, AddedProduct)
-    }
+    products = products_of(model)
     return {name: directions(products[name], rank) for name in MIDDLE if name in products}
 
 

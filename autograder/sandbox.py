@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 HIDDEN = (HERE, HERE.parent / "solutions")
 STAND_IN = HERE / "inside"
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts")
-SUBMISSION, HOME = "/submission", "/home/student"
+SUBMISSION, HOME = "/submission", "/student"
 NOBODY = "65534"
 
 

@@ -7,6 +7,7 @@ from functools import cache
 
 import nbformat
 import pytest
+from nbgrader.validator import Validator
 
 from attacks import SOLUTION, UNIT
 from autograder.build import instructor_notebook
@@ -208,3 +209,14 @@ def test_the_experiments_are_left_out(classroom):
     graded = nbformat.read(classroom.root / "autograded" / "right" / UNIT / f"{UNIT}.ipynb", as_version=4)
     executed = [cell for cell in graded.cells if cell.cell_type == "code" and cell.execution_count]
     assert executed and not any("load_smollm2()" in cell.source for cell in executed)
+
+
+def test_nbgraders_own_validation_finds_the_one_wrong_answer(tmp_path, monkeypatch):
+    """The button that students have: the same cells, the checks called directly."""
+    unit = look_at("01_why_peft")
+    monkeypatch.setenv("PEFTLAB_SHORT", "1")
+    classroom = Classroom(tmp_path, unit.name)
+    answers = dict.fromkeys(unit.by_hand, "Three cards would not do.") | {"classify": "def classify(*names): return 'full'"}
+    path = classroom.submit("student", classroom.answered(unit.solution | answers))
+    (failed,) = Validator().validate(str(path))["failed"]
+    assert "classify" in failed["source"]

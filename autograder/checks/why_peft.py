@@ -316,7 +316,7 @@ def activations_case(generator: torch.Generator, checkpointing: bool, grouped: b
             vocab_size=_between(generator, 1_000, 2_000),
             hidden_size=heads * 128,
             intermediate_size=heads * 320 + 64,
-            num_hidden_layers=_between(generator, 5, 9),
+            num_hidden_layers=_between(generator, 2, 3),
             num_attention_heads=2 * heads,
             num_key_value_heads=heads if grouped else 2 * heads,
         )

@@ -37,6 +37,7 @@ class Exercise:
         tolerance: the largest difference between two right answers, for a case, by field; fields not named must be equal.
         at_most: fields (bytes, say) of which less than expected is right too.
         measures_peak: for which cases to compare, too, by how many bytes the process grows at its peak.
+        costly: whether a check takes about a second for another reason; the grader's tests then try fewer seeds.
     """
 
     spec: Sequence[Callable]
@@ -48,6 +49,7 @@ class Exercise:
     tolerance: Callable[[dict], Mapping[str, float]] = lambda case: {}
     at_most: frozenset[str] = frozenset()
     measures_peak: Callable[[dict], bool] = lambda case: False
+    costly: bool = False
     namespace: dict = field(default_factory=dict, repr=False)
 
     @property

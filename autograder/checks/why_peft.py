@@ -316,7 +316,7 @@ def activations_case(generator: torch.Generator, checkpointing: bool, grouped: b
             vocab_size=_between(generator, 1_000, 2_000),
             hidden_size=heads * 128,
             intermediate_size=heads * 320 + 64,
-            num_hidden_layers=_between(generator, 2, 3),
+            num_hidden_layers=_between(generator, 5, 9),
             num_attention_heads=2 * heads,
             num_key_value_heads=heads if grouped else 2 * heads,
         )
@@ -333,6 +333,7 @@ check_activation_bytes = Exercise(
     spec=[activation_bytes],
     driver=drive_activations,
     reading=read_activations,
+    costly=True,  # two training steps are measured
     cases=lambda generator: [activations_case(generator, False), activations_case(generator, True)],
     # The measurement has a few small tensors more: angles, the norms' scales, labels, and one token fewer in the loss.
     tolerance=lambda case: {"your bytes, as a multiple of the measured ones,": 0.02},

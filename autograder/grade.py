@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from nbformat import NotebookNode
 from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.apps import NbGraderAPI
 from nbgrader.coursedir import CourseDirectory
+from sqlalchemy.exc import SAWarning
 from tqdm import tqdm
 
 from autograder import intake, report
@@ -338,6 +340,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings(options.root.resolve(), options.scheduler, options.workers, options.again, not options.without_sandbox)
     if options.without_sandbox:
         print("WARNING: student code runs WITHOUT a sandbox. It can read the solutions and change any mark.", file=sys.stderr)
+    # nbgrader's own objects warn about their order of construction, once a submission: nothing that an instructor can mend.
+    warnings.filterwarnings("ignore", category=SAWarning)
     failed = 0
     try:
         for unit in options.units or _with_submissions(settings.root):

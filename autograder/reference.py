@@ -44,6 +44,13 @@ def grade_ids(unit: str) -> list[str]:
 
 
 @cache
+def experiments(unit: str) -> frozenset[str]:
+    """Return the sources of the experiments in the unit's master: cells that take minutes, and that no mark depends on."""
+    cells = jupytext.read(master_path(unit)).cells
+    return frozenset(cell.source.strip() for cell in cells if "experiment" in cell.metadata.get("tags", []))
+
+
+@cache
 def answer_names(unit: str) -> list[str]:
     """Return the names that the solution cells of the unit's master define: functions, classes and variables."""
     names = []

@@ -2,9 +2,11 @@
 
 Jupyter starts it like any other kernel, from a kernelspec whose command line is bubblewrap's. Inside there are the
 system's and Python's own folders, read-only; `peftlab`; a copy of what was submitted, in memory; and nothing of the
-grader: no masters, no checks, no gradebook, no other submission, no other process.
+grader: no masters, no checks, no gradebook, no other submission, no other process. Nor are the libraries there that do
+what the students are to build.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,6 +22,8 @@ from peftlab.pretrained import cache_folder
 
 HERE = Path(__file__).parent
 HIDDEN = (HERE, HERE.parent / "solutions")
+YARDSTICKS = ("peft", "bitsandbytes")
+"""Packages that do what the course has its students build: an answer that calls them is none."""
 STAND_IN = HERE / "inside"
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts")
 SUBMISSION, HOME = "/submission", "/student"
@@ -108,7 +112,7 @@ def _enclosure(limits: Limits) -> list[str]:
         box += ["--size", str(limits.scratch_bytes), "--tmpfs", folder]
     for path in _readable():
         box += ["--ro-bind", path, path]
-    for path in HIDDEN:  # they may lie inside an environment that is readable
+    for path in (*HIDDEN, *_yardsticks()):  # they may lie inside an environment that is readable
         if any(Path(folder) in path.parents for folder in _readable()):
             box += ["--tmpfs", str(path)]
     box += ["--ro-bind", str(STAND_IN), "/opt/autograder", "--proc", "/proc", "--dev", "/dev"]
@@ -122,6 +126,12 @@ def _readable() -> list[str]:
     package = str(Path(peftlab.__file__).parent)
     own = {sys.prefix, sys.base_prefix, package, str(cache_folder())} | {p for p in sys.path if p.endswith("-packages")}
     return [path for path in (*SYSTEM, *sorted(own)) if os.path.exists(path)]
+
+
+def _yardsticks() -> list[Path]:
+    """Return the folders of these packages, which are found and not imported."""
+    found = [importlib.util.find_spec(package) for package in YARDSTICKS]
+    return [Path(spec.origin).parent for spec in found if spec and spec.origin]
 
 
 def _environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ retyped, their metadata lost or edited) they are put right, and each repair is n
 """
 
 import copy
+from collections.abc import Collection
 
 import nbformat
 from nbformat import NotebookNode
@@ -12,7 +13,7 @@ from nbgrader.api import Gradebook
 from nbgrader.api import Notebook as SourceNotebook
 from nbgrader.preprocessors import ClearHiddenTests, NbGraderPreprocessor
 
-from autograder.reference import grade_ids
+from autograder.reference import experiments, grade_ids
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 RETYPED = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell, "raw": nbformat.v4.new_raw_cell}
@@ -31,7 +32,7 @@ class Repair(NbGraderPreprocessor):
             released = released_cells(gradebook.find_notebook(names["notebook"], names["assignment"]))
         order = {name: rank for rank, name in enumerate(grade_ids(names["assignment"]))}
         released.sort(key=lambda cell: order.get(_grade_id(cell), len(order)))  # a database promises no order
-        nb.cells, repairs = repaired(nb.cells, released)
+        nb.cells, repairs = repaired(nb.cells, released, experiments(names["assignment"]))
         nb.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}, "repairs": repairs})
         nb.nbformat, nb.nbformat_minor = 4, 5
         return nb, resources
@@ -63,11 +64,20 @@ def released_cells(source: SourceNotebook) -> list[NotebookNode]:
     return released.cells
 
 
-def repaired(submitted: list[NotebookNode], released: list[NotebookNode]) -> tuple[list[NotebookNode], list[str]]:
-    """Return the submitted cells with every released cell among them once, in its place and form; and what was done."""
+def repaired(
+    submitted: list[NotebookNode], released: list[NotebookNode], experiments: Collection[str] = ()
+) -> tuple[list[NotebookNode], list[str]]:
+    """Return the submitted cells with every released cell among them once, in its place and form; and what was done.
+
+    Args:
+        experiments: sources of cells that are tagged as experiments again, should they have lost their tags.
+    """
     frame = {cell.metadata.nbgrader.grade_id: cell for cell in released}
     repairs: list[str] = []
     cells = [_known(cell, frame, repairs) for cell in submitted]
+    for cell in cells:
+        if _grade_id(cell) is None and cell.source.strip() in experiments:
+            cell.metadata["tags"] = ["experiment"]
     cells = _without_copies(cells, repairs)
     cells = _in_order(cells, list(frame), repairs)
     cells = _completed(cells, released, repairs)

@@ -1,10 +1,12 @@
 """Grading a class of 60: killed twice and started again, under load, and against stock nbgrader; no test asserts a time.
 
-    python benchmarks/grading_a_class.py [--students 60]
+    python benchmarks/grading_a_class.py [--students 60] [--only marks] [--folder FOLDER]
 
-Prints whether the marks of a run that was killed twice with SIGKILL, and of a run with all cores kept busy by something
-else, equal those of an undisturbed run; how many submissions a minute are graded in the sandbox and by stock
-`nbgrader autograde`, on the same right and wrong notebooks; and the seconds that a submission takes, by stage.
+With a folder it may be stopped and started again: what has been measured there is not measured again. Don't change the
+project while it runs, for a changed unit is graded anew. It prints whether the marks of a run that was killed twice with
+SIGKILL, and of a run with all cores kept busy by something else, equal those of an undisturbed run; how many submissions a
+minute are graded in the sandbox and by stock `nbgrader autograde`, on the same right and wrong notebooks; and the seconds
+that a submission takes, by stage.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -112,45 +115,74 @@ c.Stock.timeout, c.Stock.iopub_timeout = 120, 60
     )
 
 
+def compare_marks(folder: Path, count: int) -> None:
+    """Grade one class three times: undisturbed, killed twice, and with all cores kept busy by something else."""
+
+    def undisturbed(classroom: Classroom) -> dict[str, dict]:
+        return graded(classroom, count, "undisturbed")
+
+    def killed(classroom: Classroom) -> dict[str, dict]:
+        return killed_twice(classroom, count, seconds / 3)
+
+    def loaded(classroom: Classroom) -> dict[str, dict]:
+        load = [multiprocessing.Process(target=burn, daemon=True) for _ in range(os.cpu_count() or 1)]
+        for process in load:
+            process.start()
+        try:
+            return graded(classroom, count, "with all cores kept busy by something else")
+        finally:
+            for process in load:
+                process.kill()
+
+    outcomes = {}
+    for run in (undisturbed, killed, loaded):
+        kept = folder / f"{run.__name__}.json"
+        if not kept.exists():
+            shutil.rmtree(folder / run.__name__, ignore_errors=True)  # half of a class that was stopped
+            start = time.monotonic()
+            found = run(a_class(folder / run.__name__, count, True))
+            kept.write_text(json.dumps({"seconds": time.monotonic() - start, "marks": found}))
+        outcomes[run.__name__] = json.loads(kept.read_text())
+        seconds = outcomes["undisturbed"]["seconds"]
+    for name in ("killed", "loaded"):
+        print(f"{name}: marks equal to the undisturbed run's: {outcomes[name]['marks'] == outcomes['undisturbed']['marks']}")
+
+
+def race(folder: Path, count: int) -> None:
+    """Grade the same right and wrong notebooks with stock nbgrader and in the sandbox, and list where the time goes."""
+    classroom = a_class(folder / "d", count, False)
+    start = time.monotonic()
+    stock(classroom)
+    stock_seconds = time.monotonic() - start
+    stock_marks = marks(classroom, count)
+    ours = a_class(folder / "e", count, False)
+    start = time.monotonic()
+    our_marks = graded(ours, count, "sandboxed")
+    our_seconds = time.monotonic() - start
+    differing = [name for name in our_marks if our_marks[name] != stock_marks[name]]
+    print(f"stock nbgrader: {stock_seconds:.0f} s; sandboxed, on {Settings.workers} cores: {our_seconds:.0f} s")
+    print(f"throughput: {stock_seconds / our_seconds:.2f} times stock's; marks that differ: {differing or 'none'}")
+    records = [json.loads(path.read_text()) for path in (ours.root / "grading" / UNIT / "records").glob("*.json")]
+    for stage in dict.fromkeys(stage for record in records for stage in record["seconds"]):
+        seconds = statistics.mean(record["seconds"].get(stage, 0.0) for record in records)
+        print(f"  {stage:<22}{seconds:6.2f} s a submission")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--students", type=int, default=60)
     parser.add_argument("--compared", type=int, default=16, help="right and wrong ones, for the race with stock nbgrader")
+    parser.add_argument("--only", choices=("marks", "race"), help="one of the two halves; by default both")
+    parser.add_argument("--folder", type=Path, help="where classes and marks are kept; default: nowhere")
     options = parser.parse_args()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with tempfile.TemporaryDirectory() as folder:
-        count = options.students
-        start = time.monotonic()
-        undisturbed = graded(a_class(Path(folder) / "a", count, True), count, "undisturbed")
-        seconds = time.monotonic() - start
-        again = killed_twice(a_class(Path(folder) / "b", count, True), count, seconds / 3)
-        print(f"killed twice: marks equal: {again == undisturbed}")
-
-        load = [multiprocessing.Process(target=burn, daemon=True) for _ in range(os.cpu_count() or 1)]
-        for process in load:
-            process.start()
-        busy = graded(a_class(Path(folder) / "c", count, True), count, "with all cores kept busy by something else")
-        for process in load:
-            process.kill()
-        print(f"under load: marks equal: {busy == undisturbed}")
-
-        count = options.compared
-        classroom = a_class(Path(folder) / "d", count, False)
-        start = time.monotonic()
-        stock(classroom)
-        stock_seconds = time.monotonic() - start
-        stock_marks = marks(classroom, count)
-        ours = a_class(Path(folder) / "e", count, False)
-        start = time.monotonic()
-        our_marks = graded(ours, count, "sandboxed")
-        our_seconds = time.monotonic() - start
-        differing = [name for name in our_marks if our_marks[name] != stock_marks[name]]
-        print(f"stock nbgrader: {stock_seconds:.0f} s; sandboxed, on {Settings.workers} cores: {our_seconds:.0f} s")
-        print(f"throughput: {stock_seconds / our_seconds:.2f} times stock's; marks that differ: {differing or 'none'}")
-        records = [json.loads(path.read_text()) for path in (ours.root / "grading" / UNIT / "records").glob("*.json")]
-        for stage in dict.fromkeys(stage for record in records for stage in record["seconds"]):
-            seconds = statistics.mean(record["seconds"].get(stage, 0.0) for record in records)
-            print(f"  {stage:<22}{seconds:6.2f} s a submission")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.only != "race":
+            compare_marks(folder, options.students)
+        if options.only != "marks":
+            race(Path(scratch), options.compared)
 
 
 if __name__ == "__main__":

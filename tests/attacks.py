@@ -95,6 +95,9 @@ def merge(layer):
         lost=("check-merge", "check-inject", "check-adapter-files"),  # answers of its own that must raise do not any more
     ),
     "imports-the-spec": Attack({"merge": "from autograder.checks.lora import merge, unmerge"}, ("check-merge",)),
+    "calls-the-library": Attack(
+        {"merge": "from peft.tuners.lora import LoraLayer\n" + MERGE}, ("check-merge",), said="not defined"
+    ),
     "runs-the-master": Attack(
         {
             "merge": f"""

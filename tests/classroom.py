@@ -82,8 +82,9 @@ def _grade_some(job: tuple[Path, str, dict[str, Answers]]) -> dict[str, Mark]:
     return {student: classroom.grade(student) for student in students}
 
 
-def grade_class(folder: Path, unit: str, students: dict[str, Answers], workers: int = 2) -> dict[str, Mark]:
+def grade_class(folder: Path, unit: str, students: dict[str, Answers]) -> dict[str, Mark]:
     """Grade many students, each worker with its share of them and a gradebook of its own."""
+    workers = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     names = list(students)
     jobs = [(folder / f"worker{n}", unit, {name: students[name] for name in names[n::workers]}) for n in range(workers)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -6,8 +6,11 @@ import jupytext
 import nbformat
 import pytest
 
+from autograder import index
 from autograder.build import COURSE, drift, generate, instructor_notebook, main, write_instructor_notebook
 from autograder.reference import load_reference, master_path, units
+
+pytestmark = pytest.mark.xdist_group("build")
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +100,23 @@ def test_an_unknown_unit_is_named(capsys):
 
 def test_every_unit_is_released():
     assert sorted(path.parent.name for path in COURSE.glob("*/*.ipynb")) == units()
+
+
+def test_the_index_equals_the_masters_headers():
+    assert index.differing() == []
+
+
+@pytest.mark.parametrize("unit", units())
+def test_a_header_gives_the_points_that_nbgrader_counts(unit):
+    graded = [cell.metadata.get("nbgrader", {}) for cell in instructor_notebook(unit).cells]
+    points = sum(mark.get("points", 0) for mark in graded if mark.get("grade"))
+    assert index.header(unit).points == (f"{points:g}" if points else "none")
+
+
+def test_the_glossary_is_sorted_and_its_links_lead_to_units():
+    lines = [line for line in (COURSE / "GLOSSARY.md").read_text().splitlines() if line.startswith("- ")]
+    terms = [re.match(r"- \*\*(.+?)\*\*: .+\.", line)[1] for line in lines]
+    assert terms == sorted(terms, key=lambda term: term.strip("`").lower()) and len(terms) == len(set(terms)) > 40
+    for term, line in zip(terms, lines, strict=True):
+        links = re.findall(r"\]\(([^)]+)\)", line)
+        assert links and all((COURSE / link).is_file() for link in links), term

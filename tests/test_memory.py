@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from peftlab import memory
 from peftlab.llama import PRESETS, Llama, causal_loss
-from peftlab.memory import measure_training_step, tensor_bytes
+from peftlab.memory import measure_training_step, tensor_bytes, tensors_of_step, whole_storage
 from peftlab.tracker import PeftMemTracker
 
 
@@ -119,3 +119,21 @@ def test_a_device_that_cannot_be_measured_is_refused():
 def test_a_tied_weight_counts_once():
     shared = torch.zeros(10)
     assert tensor_bytes([shared, shared.view(2, 5), torch.zeros(3)]) == 52
+
+
+def test_the_tensors_of_a_step_are_those_that_it_keeps():
+    layer = torch.nn.Linear(6, 5, bias=False).requires_grad_(False)
+    added = torch.nn.Parameter(torch.zeros(5))
+    x = torch.ones(3, 6, requires_grad=True)
+    optimizer = torch.optim.AdamW([added], lr=0.1)
+    tensors = tensors_of_step(lambda: (layer(x) + added).exp().sum(), [layer.weight, added], optimizer, not_counted=[x])
+    assert [t.shape for t in tensors["gradients"]] == [(5,)]
+    assert sorted(t.numel() for t in tensors["optimizer state"]) == [1, 5, 5]
+    # exp keeps its result; the frozen weight, which x's gradient needs, is there anyway.
+    assert [t.nbytes for t in tensors["saved"]] == [4 * 3 * 5]
+
+
+def test_a_view_counts_with_all_that_it_keeps_alive():
+    view = torch.arange(12.0)[2:4]
+    assert whole_storage(view).nbytes == 48
+    assert torch.equal(whole_storage(view).view(torch.float32), torch.arange(12.0))

@@ -1,26 +1,47 @@
 """Checks judge answers that live in another process, from nothing but the tensors that come back."""
 
+import ast
+import inspect
+import sys
+
 import pytest
 import torch
 
 from autograder.drive import drive_and_measure
+from autograder.exercise import Exercise
 from autograder.failure import CheckFailedError
 from test_exercises import EXERCISES
 from two_processes import OtherProcess
 
 
-@pytest.fixture
-def elsewhere():
-    started = []
+def notebook(exercise: Exercise) -> str:
+    """Return what a student's notebook has besides this answer: imports, given classes, the answers to its other exercises."""
+    module = sys.modules[exercise.spec[0].__module__]
+    own = {part.__name__ for part in exercise.spec}
+    names = {part.__name__ for other in module.EXERCISES.values() for part in other.spec} - own
+    kept = []
+    for node in ast.parse(inspect.getsource(module)).body:
+        ours = isinstance(node, ast.ImportFrom) and node.module.startswith("autograder")
+        given = isinstance(node, ast.ClassDef) and node.name not in own
+        if (isinstance(node, ast.Import | ast.ImportFrom) and not ours) or given or getattr(node, "name", None) in names:
+            kept.append(ast.unparse(node))
+    return "\n\n".join(kept) + "\n\n"
 
-    def start(exercise, edits=""):
-        other = OtherProcess(exercise.source(edits))
-        started.append(other)
+
+@pytest.fixture(scope="module")
+def other():
+    process = OtherProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def elsewhere(other):
+    def define(exercise, edits=""):
+        other.define(notebook(exercise) + exercise.source(edits))
         return [other.answer(part.__name__) for part in exercise.spec]
 
-    yield start
-    for other in started:
-        other.close()
+    return define
 
 
 @pytest.mark.parametrize("name", EXERCISES)

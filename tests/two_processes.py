@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
 sys.stdout = sys.stderr
-names = globals()
+imported = dict(globals())
 
 def receive():
     size = pipe_in.read(4)
@@ -28,14 +28,17 @@ def send(content):
     pipe_out.write(struct.pack("<I", len(content)) + content)
     pipe_out.flush()
 
-exec("from __future__ import annotations\\n" + receive().decode(), names)
 while True:
     source, driver, answers, arguments = receive().decode(), receive().decode(), receive().decode().split(), receive()
     reply = io.BytesIO()
     try:
-        exec(source, names)
-        case = torch.load(io.BytesIO(arguments), weights_only=True)
-        torch.save(names[driver](*[names[answer] for answer in answers], **case), reply)
+        if not driver:  # a student's source, which sees nothing of the one before
+            names = dict(imported)
+            exec("from __future__ import annotations\\n" + source, names)
+        else:
+            exec(source, names)
+            case = torch.load(io.BytesIO(arguments), weights_only=True)
+            torch.save(names[driver](*[names[answer] for answer in answers], **case), reply)
     except Exception as error:
         reply = io.BytesIO()
         torch.save({"error": f"{type(error).__name__}: {error}"}, reply)
@@ -44,11 +47,13 @@ while True:
 
 
 class OtherProcess:
-    """The process, and proxies for what the student's source defines in it."""
+    """The process, and proxies for what one student's source after the other defines in it."""
 
-    def __init__(self, source: str):
+    def __init__(self):
         self.popen = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._send(source.encode())
+
+    def define(self, source: str) -> None:
+        assert not self.ask(source.encode(), b"", b"", b"")
 
     def _send(self, content: bytes) -> None:
         self.popen.stdin.write(struct.pack("<I", len(content)) + content)

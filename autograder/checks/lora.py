@@ -7,16 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from autograder.cases import between, normal, total_bytes
 from autograder.drive import Observation
 from autograder.exercise import Exercise
-
-
-def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def _between(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 # ======================================================================================================================
@@ -80,17 +73,17 @@ def drive_forward(LoRALinear, weight, bias, lora_A, lora_B, alpha, x, output_gra
 
 def forward_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, bias: bool = False) -> dict:
     """Return a base, factors and an input of random shapes; no two sizes are equal, so that no mix-up can hide."""
-    out_features = _between(generator, 9, 12)
-    in_features = out_features + _between(generator, 3, 6)
-    rank = _between(generator, 3, 5)
+    out_features = between(generator, 9, 12)
+    in_features = out_features + between(generator, 3, 6)
+    rank = between(generator, 3, 5)
     return {
-        "weight": _normal(generator, out_features, in_features, dtype=dtype),
-        "bias": _normal(generator, out_features, dtype=dtype) if bias else None,
-        "lora_A": _normal(generator, rank, in_features, dtype=dtype),
-        "lora_B": _normal(generator, out_features, rank, dtype=dtype),
+        "weight": normal(generator, out_features, in_features, dtype=dtype),
+        "bias": normal(generator, out_features, dtype=dtype) if bias else None,
+        "lora_A": normal(generator, rank, in_features, dtype=dtype),
+        "lora_B": normal(generator, out_features, rank, dtype=dtype),
         "alpha": rank * (2.2 + torch.rand((), generator=generator).item()),  # no whole multiple of the rank, or of anything
-        "x": _normal(generator, 2, 6, in_features, dtype=dtype),
-        "output_gradient": _normal(generator, 2, 6, out_features, dtype=dtype),
+        "x": normal(generator, 2, 6, in_features, dtype=dtype),
+        "output_gradient": normal(generator, 2, 6, out_features, dtype=dtype),
     }
 
 
@@ -260,13 +253,13 @@ def read_start(observation: Observation, case: dict) -> Observation:
 
 def start_case(generator: torch.Generator, dtype: str = "float32") -> dict:
     """Return sizes large enough (2,000 entries of A) for their standard deviation to be told from another scale."""
-    in_features = _between(generator, 250, 300)
+    in_features = between(generator, 250, 300)
     return {
         "in_features": in_features,
-        "out_features": _between(generator, 90, 110),
+        "out_features": between(generator, 90, 110),
         "rank": 8,
         "dtype": dtype,
-        "x": _normal(generator, 3, in_features),
+        "x": normal(generator, 3, in_features),
     }
 
 
@@ -363,47 +356,29 @@ def drive_memory(LoRALinear, in_features, out_features, rank, rows):
     import torch
     from torch import nn
 
+    from peftlab.memory import tensors_of_step
+
     base = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
     nn.init.constant_(base.weight, 0.01)
     layer = LoRALinear(base, rank=rank, alpha=2.0 * rank)
     x = torch.ones(rows, in_features, requires_grad=True)  # its gradient is wanted by the layers below
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
-    saved = {}
-
-    def note(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = layer(x)
-    output.backward(torch.ones_like(output))
-    optimizer.step()
-    for tensor in [x, *layer.parameters()]:
-        saved.pop(tensor.untyped_storage().data_ptr(), None)
-    small = [tensor.detach() for tensor in saved.values() if tensor.numel() < 10**6]
-    large = [torch.tensor(tensor.nbytes) for tensor in saved.values() if tensor.numel() >= 10**6]
-    state = [t for slots in optimizer.state.values() for t in slots.values() if torch.is_tensor(t)]
+    tensors = tensors_of_step(lambda: layer(x).sum(), layer.parameters(), optimizer, not_counted=[x])
     if in_features >= 1024:  # too large to send: the process is measured from outside
-        return {"output": output.detach()}
-    kept = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
-    gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-    return {"gradients": gradients, "optimizer state": state, "saved": small + large, "kept": kept}
+        return {"shape": list(layer(x).shape)}
+    return tensors | {"kept": {name: tensor.detach() for name, tensor in layer.state_dict().items()}}
 
 
 def read_memory(observation: Observation, case: dict) -> Observation:
     """Count the bytes of the tensors that came back."""
-    if "output" in observation:
-        return {"the shape of the output": list(observation["output"].shape)}
+    if "shape" in observation:
+        return {"the shape of the output": observation["shape"]}
     return {
-        "gradient bytes": _bytes(observation["gradients"]),
-        "optimizer state bytes": _bytes(observation["optimizer state"]),
-        "bytes of weights and buffers": _bytes(observation["kept"].values()),
-        "bytes that forward saves for backward, besides x and the weights,": _bytes(observation["saved"]),
+        "gradient bytes": total_bytes(observation["gradients"]),
+        "optimizer state bytes": total_bytes(observation["optimizer state"]),
+        "bytes of weights and buffers": total_bytes(observation["kept"].values()),
+        "bytes that forward saves for backward, besides x and the weights,": total_bytes(observation["saved"]),
     }
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 _BASE_PLUS_UPDATE = "self.base(x) + self.scaling * update"
@@ -429,7 +404,7 @@ check_lora_memory = Exercise(
     reading=read_memory,
     measures_peak=lambda case: case["in_features"] >= 1024,
     cases=lambda generator: [
-        {"in_features": _between(generator, 60, 90), "out_features": _between(generator, 92, 99), "rank": 4, "rows": 50},
+        {"in_features": between(generator, 60, 90), "out_features": between(generator, 92, 99), "rank": 4, "rows": 50},
         # The base weighs 64 MiB; half of that tells a second matrix of its size from the noise of the process, 5 MiB.
         {"in_features": 4096, "out_features": 4096, "rank": 8, "rows": 4},
     ],
@@ -598,8 +573,8 @@ def inject_case(generator: torch.Generator, target_modules: list[str], hopeless:
     """Return random weights for the small model: 8 biased and 2 unbiased square layers, and two norms."""
     parameters = (2 * 3 + 2) * (width * width + width) + 2 * width * width + 2 * 2 * width
     return {
-        "weights": _normal(generator, parameters) / math.sqrt(width),
-        "x": _normal(generator, 5, width),
+        "weights": normal(generator, parameters) / math.sqrt(width),
+        "x": normal(generator, 5, width),
         "target_modules": target_modules,
         "hopeless": hopeless,
     }
@@ -747,13 +722,13 @@ def drive_merge(merge, unmerge, weight, lora_A, lora_B, scaling):
 
 def merge_case(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict:
     """Return a weight and its update, of unequal sizes and about the same magnitude."""
-    out_features, rank = _between(generator, 9, 12), _between(generator, 3, 5)
-    in_features = out_features + _between(generator, 3, 6)
+    out_features, rank = between(generator, 9, 12), between(generator, 3, 5)
+    in_features = out_features + between(generator, 3, 6)
     return {
-        "weight": _normal(generator, out_features, in_features, dtype=dtype),
-        "lora_A": _normal(generator, rank, in_features, dtype=dtype),
-        "lora_B": _normal(generator, out_features, rank, dtype=dtype),
-        "scaling": 1.0 + _between(generator, 3, 9) / 4,
+        "weight": normal(generator, out_features, in_features, dtype=dtype),
+        "lora_A": normal(generator, rank, in_features, dtype=dtype),
+        "lora_B": normal(generator, out_features, rank, dtype=dtype),
+        "scaling": 1.0 + between(generator, 3, 9) / 4,
     }
 
 
@@ -979,10 +954,10 @@ def read_adapter_files(observation: Observation, case: dict) -> Observation:
 
 def adapter_case(generator: torch.Generator) -> dict:
     """Return the flat weights of two models with two layers each."""
-    in_features, out_features, rank = _between(generator, 9, 12), _between(generator, 5, 8), _between(generator, 2, 4)
+    in_features, out_features, rank = between(generator, 9, 12), between(generator, 5, 8), between(generator, 2, 4)
     size = 2 * (in_features * out_features + rank * (in_features + out_features)) + 6
     sizes = {"in_features": in_features, "out_features": out_features, "rank": rank}
-    return {"weights": _normal(generator, size), "other_weights": _normal(generator, size), **sizes}
+    return {"weights": normal(generator, size), "other_weights": normal(generator, size), **sizes}
 
 
 _ADAPTER = '{name: tensor.contiguous() for name, tensor in model.state_dict().items() if "lora_" in name}'
@@ -1157,12 +1132,12 @@ def read_merge_into_head(observation: Observation, case: dict) -> Observation:
 
 def tied_case(generator: torch.Generator, tied: bool) -> dict:
     """Return a tiny LLaMA's weights, and an update of its head that moves every logit."""
-    rank = _between(generator, 2, 4)
+    rank = between(generator, 2, 4)
     return {
         "tied": tied,
-        "weights": _normal(generator, 5_000) * 0.3,
-        "lora_A": _normal(generator, rank, 16),
-        "lora_B": _normal(generator, 40, rank),
+        "weights": normal(generator, 5_000) * 0.3,
+        "lora_A": normal(generator, rank, 16),
+        "lora_B": normal(generator, 40, rank),
         "scaling": 1.5,
         "input_ids": torch.randint(0, 40, (2, 7), generator=generator),
     }

@@ -5,22 +5,15 @@ import math
 import torch
 from torch import Tensor
 
+from autograder.cases import between, normal
 from autograder.drive import Observation
 from autograder.exercise import PEAK_BYTES, Exercise
 
 RETURNED = "what is returned"
 
 
-def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def _between(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
-
-
 def _orthonormal(generator: torch.Generator, rows: int, columns: int) -> Tensor:
-    return torch.linalg.qr(_normal(generator, rows, columns, dtype=torch.float64))[0]
+    return torch.linalg.qr(normal(generator, rows, columns, dtype=torch.float64))[0]
 
 
 def _eps(tensor: Tensor) -> float:
@@ -77,19 +70,19 @@ def matrix_case(
     rank: int | None = None,
 ) -> dict:
     """Return a matrix of random shape and known singular values, the next at most 0.8 times the last."""
-    sizes = sorted((_between(generator, 7, 10), _between(generator, 12, 15)), reverse=not wide)
+    sizes = sorted((between(generator, 7, 10), between(generator, 12, 15)), reverse=not wide)
     count = min(sizes)
     steps = 0.6 + 0.2 * torch.rand(count, generator=generator, dtype=torch.float64)
     sigma = 5 * steps.cumprod(0)
     if true_rank is not None:
         sigma[true_rank:] = 0
     matrix = _orthonormal(generator, sizes[0], count) * sigma @ _orthonormal(generator, sizes[1], count).T
-    return {"matrix": matrix.to(dtype), "rank": rank or _between(generator, 3, 5)}
+    return {"matrix": matrix.to(dtype), "rank": rank or between(generator, 3, 5)}
 
 
 def thin_case(generator: torch.Generator) -> dict:
     """Return a matrix of few rows and very many columns, of which the whole V would take 61 MiB."""
-    return {"matrix": _normal(generator, 6, 4000), "rank": 3}
+    return {"matrix": normal(generator, 6, 4000), "rank": 3}
 
 
 def factors_tolerance(case: dict) -> dict[str, float]:
@@ -215,9 +208,9 @@ def drive_truncation_error(truncation_error, singular_values, ranks):
 
 def error_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, ranks: list[int] | None = None) -> dict:
     """Return a spectrum in which no sum of squares, of values or of neighbours equals another."""
-    count = _between(generator, 9, 12)
+    count = between(generator, 9, 12)
     sigma = 0.3 + 3 * torch.rand(count, generator=generator, dtype=torch.float64).sort(descending=True).values
-    return {"singular_values": sigma.to(dtype), "ranks": ranks or [_between(generator, 3, count - 4), 0, count]}
+    return {"singular_values": sigma.to(dtype), "ranks": ranks or [between(generator, 3, count - 4), 0, count]}
 
 
 def error_tolerance(case: dict) -> dict[str, float]:
@@ -312,7 +305,7 @@ def read_soft_ranks(observation: Observation, case: dict) -> Observation:
 
 def spectrum_case(generator: torch.Generator, zeros: int = 0, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> dict:
     """Return singular values, the last `zeros` of them zero; none is one, nor is their sum."""
-    count = _between(generator, 8, 14)
+    count = between(generator, 8, 14)
     sigma = scale * (0.05 + torch.rand(count, generator=generator, dtype=torch.float64)).sort(descending=True).values
     return {"singular_values": torch.cat([sigma, torch.zeros(zeros)]).to(dtype)}
 
@@ -425,7 +418,7 @@ def drive_energy_rank(energy_rank, singular_values, shares):
 
 def energy_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, shares: int = 3) -> dict:
     """Return a spectrum, and shares halfway between what two ranks hold, so that no rounding can decide."""
-    count = _between(generator, 12, 16)
+    count = between(generator, 12, 16)
     sigma = (0.4 + 3 * torch.rand(count, generator=generator, dtype=torch.float64)).sort(descending=True).values
     held = (sigma.square().cumsum(0) / sigma.square().sum()).tolist()
     ranks = torch.randperm(count - 6, generator=generator)[:shares].tolist()
@@ -516,11 +509,11 @@ def drive_break_even(factor_parameters, break_even_rank, shapes, rank):
 def shapes_case(generator: torch.Generator, low: int = 40) -> dict:
     """Return a tall and a wide shape, one where equality occurs, and a rank."""
     small, large, half = (
-        _between(generator, low, low + 20),
-        _between(generator, 2 * low + 30, 2 * low + 60),
-        2 * _between(generator, 11, 19),
+        between(generator, low, low + 20),
+        between(generator, 2 * low + 30, 2 * low + 60),
+        2 * between(generator, 11, 19),
     )
-    return {"shapes": [(large, small), (small, large), (half, half)], "rank": _between(generator, 3, 7)}
+    return {"shapes": [(large, small), (small, large), (half, half)], "rank": between(generator, 3, 7)}
 
 
 _COUNT = "out_features * rank + rank * in_features"
@@ -592,13 +585,13 @@ def drive_factor_gradients(factor_gradients, gradient, B, A):
 
 def gradient_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, zero_B: bool = False) -> dict:
     """Return factors and the gradient of their product; no two sizes are equal."""
-    out_features = _between(generator, 7, 9)
-    in_features, rank = out_features + _between(generator, 3, 6), _between(generator, 3, 5)
-    B = _normal(generator, out_features, rank, dtype=dtype)
+    out_features = between(generator, 7, 9)
+    in_features, rank = out_features + between(generator, 3, 6), between(generator, 3, 5)
+    B = normal(generator, out_features, rank, dtype=dtype)
     return {
-        "gradient": _normal(generator, out_features, in_features, dtype=dtype),
+        "gradient": normal(generator, out_features, in_features, dtype=dtype),
         "B": torch.zeros_like(B) if zero_B else B,
-        "A": _normal(generator, rank, in_features, dtype=dtype),
+        "A": normal(generator, rank, in_features, dtype=dtype),
     }
 
 
@@ -682,8 +675,8 @@ def drive_subspace_overlap(subspace_overlap, first, second):
 
 def overlap_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, inside: bool = False) -> dict:
     """Return two sets of orthonormal columns of different sizes that are a random rotation apart."""
-    features = _between(generator, 14, 18)
-    i, j = _between(generator, 2, 4), _between(generator, 6, 8)
+    features = between(generator, 14, 18)
+    i, j = between(generator, 2, 4), between(generator, 6, 8)
     first, second = _orthonormal(generator, features, i), _orthonormal(generator, features, j)
     if inside:  # the smaller space lies in the larger, in another basis
         first = second @ _orthonormal(generator, j, i)
@@ -785,12 +778,12 @@ def sum_case(
     generator: torch.Generator, ranks: tuple[int, int], weights: list[float], dtype: torch.dtype = torch.float32
 ) -> dict:
     """Return two factorizations of the same shape."""
-    out_features = _between(generator, 9, 11)
-    in_features = out_features + _between(generator, 3, 5)
+    out_features = between(generator, 9, 11)
+    in_features = out_features + between(generator, 3, 5)
     case = {"weights": weights}
     for number, rank in enumerate(ranks, 1):
-        case[f"B{number}"] = _normal(generator, out_features, rank, dtype=dtype)
-        case[f"A{number}"] = _normal(generator, rank, in_features, dtype=dtype)
+        case[f"B{number}"] = normal(generator, out_features, rank, dtype=dtype)
+        case[f"A{number}"] = normal(generator, rank, in_features, dtype=dtype)
     return case
 
 

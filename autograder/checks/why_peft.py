@@ -6,26 +6,23 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from autograder.cases import between
 from autograder.drive import Observation
 from autograder.exercise import Exercise
 from peftlab.llama import PRESETS, LlamaConfig
 from peftlab.simulate import simulate_training_step
 
 
-def _between(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
-
-
 def random_config(generator: torch.Generator, grouped: bool, tied: bool) -> dict:
     """Return the sizes of a LLaMA; no two of the numbers that make up its parameter count are equal."""
-    heads = 2 * _between(generator, 3, 5)
-    hidden_size = heads * 2 * _between(generator, 3, 5)
+    heads = 2 * between(generator, 3, 5)
+    hidden_size = heads * 2 * between(generator, 3, 5)
     return asdict(
         LlamaConfig(
-            vocab_size=_between(generator, 300, 400),
+            vocab_size=between(generator, 300, 400),
             hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size + _between(generator, 3, 20),
-            num_hidden_layers=_between(generator, 3, 6),
+            intermediate_size=2 * hidden_size + between(generator, 3, 20),
+            num_hidden_layers=between(generator, 3, 6),
             num_attention_heads=heads,
             num_key_value_heads=heads // 2 if grouped else heads,
             tie_word_embeddings=tied,
@@ -162,16 +159,16 @@ def drive_bytes(training_bytes, parameters, adapted, trained):
     ):
         try:
             training_bytes(*arguments)
-            seen[f"{label} raises"] = "nothing"
+            seen[f"what {label} raises"] = "nothing"
         except Exception as error:
-            seen[f"{label} raises"] = type(error).__name__
+            seen[f"what {label} raises"] = type(error).__name__
     return seen
 
 
 def bytes_case(generator: torch.Generator, scale: int = 1) -> dict:
     """Return how many parameters there are, how many of these are adapted, and how many are trained beside them."""
-    parameters = scale * _between(generator, 9_000, 10_000)
-    return {"parameters": parameters, "adapted": parameters * 7 // 8, "trained": scale * _between(generator, 200, 300)}
+    parameters = scale * between(generator, 9_000, 10_000)
+    return {"parameters": parameters, "adapted": parameters * 7 // 8, "trained": scale * between(generator, 200, 300)}
 
 
 _NF4 = "1 / 2 + 1 / 64 + 4 / (64 * 256)"
@@ -310,19 +307,19 @@ def read_activations(observation: Observation, case: dict) -> Observation:
 
 def activations_case(generator: torch.Generator, checkpointing: bool, grouped: bool = True) -> dict:
     """Return a model that is wide enough for each tensor to count."""
-    heads = _between(generator, 3, 5)
+    heads = between(generator, 3, 5)
     return asdict(
         LlamaConfig(
-            vocab_size=_between(generator, 1_000, 2_000),
+            vocab_size=between(generator, 1_000, 2_000),
             hidden_size=heads * 128,
             intermediate_size=heads * 320 + 64,
-            num_hidden_layers=_between(generator, 5, 9),
+            num_hidden_layers=between(generator, 2, 3),
             num_attention_heads=2 * heads,
             num_key_value_heads=heads if grouped else 2 * heads,
         )
     ) | {
-        "batch_size": _between(generator, 2, 3),
-        "sequence_length": 64 * _between(generator, 3, 6),
+        "batch_size": between(generator, 2, 3),
+        "sequence_length": 64 * between(generator, 3, 6),
         "checkpointing": checkpointing,
     }
 
@@ -333,7 +330,6 @@ check_activation_bytes = Exercise(
     spec=[activation_bytes],
     driver=drive_activations,
     reading=read_activations,
-    costly=True,  # two training steps are measured
     cases=lambda generator: [activations_case(generator, False), activations_case(generator, True)],
     # The measurement has a few small tensors more: angles, the norms' scales, labels, and one token fewer in the loss.
     tolerance=lambda case: {"your bytes, as a multiple of the measured ones,": 0.02},
@@ -444,7 +440,7 @@ def drive_adam(adam_step, weight, gradient, exp_avg, exp_avg_sq, step, learning_
 
 def adam_case(generator: torch.Generator, dtype: torch.dtype = torch.float64) -> dict:
     """Return a weight, a gradient and moments as they may be in the midst of training."""
-    shape = (_between(generator, 3, 5), _between(generator, 6, 8))
+    shape = (between(generator, 3, 5), between(generator, 6, 8))
 
     def normal() -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -454,7 +450,7 @@ def adam_case(generator: torch.Generator, dtype: torch.dtype = torch.float64) ->
         "gradient": normal(),
         "exp_avg": normal(),
         "exp_avg_sq": normal() ** 2 + 0.5,
-        "step": _between(generator, 2, 9),
+        "step": between(generator, 2, 9),
         "learning_rate": 0.1 + torch.rand((), generator=generator).item(),
     }
 
@@ -514,7 +510,16 @@ check_adam_step = Exercise(
             "exp_avg = beta1 * exp_avg": "old = exp_avg, exp_avg_sq\n    exp_avg = beta1 * exp_avg",
             "return weight, exp_avg, exp_avg_sq": "return weight, *old",
         },
-        "the numbers are converted to fp32 on the way: compute in the dtype that is given": {
+        "epsilon is added inside the root: it comes after it": {"unbiased_sq.sqrt() + eps": "(unbiased_sq + eps).sqrt()"},
+        "the correction takes the power of the next step: the first step is 1": {
+            "(1 - beta1**step)": "(1 - beta1 ** (step + 1))",
+            "(1 - beta2**step)": "(1 - beta2 ** (step + 1))",
+        },
+        "the numbers go through fp32, and the given ones are in fp64: compute in the dtype that is given": {
+            "exp_avg = beta1": "weight, gradient, exp_avg, exp_avg_sq = "
+            "(t.float().to(t.dtype) for t in (weight, gradient, exp_avg, exp_avg_sq))\n    exp_avg = beta1",
+        },
+        "the numbers are converted to a wider dtype on the way: compute in the dtype that is given": {
             "exp_avg = beta1": "dtype = weight.dtype\n    weight, gradient, exp_avg, exp_avg_sq = "
             "(t.double() for t in (weight, gradient, exp_avg, exp_avg_sq))\n    exp_avg = beta1",
             "return weight, exp_avg, exp_avg_sq": "return weight.to(dtype), exp_avg.to(dtype), exp_avg_sq.to(dtype)",
@@ -686,9 +691,9 @@ def drive_trainable(count_trainable, in_features, out_features, rank, tied):
 def trainable_case(generator: torch.Generator, tied: bool = False) -> dict:
     """Return odd sizes, so that the last byte is half empty."""
     return {
-        "in_features": 2 * _between(generator, 10, 20) + 1,
-        "out_features": 2 * _between(generator, 25, 35) + 1,
-        "rank": _between(generator, 3, 5),
+        "in_features": 2 * between(generator, 10, 20) + 1,
+        "out_features": 2 * between(generator, 25, 35) + 1,
+        "rank": between(generator, 3, 5),
         "tied": tied,
     }
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftlab import results, settings
 from peftlab.llama import causal_loss
-from peftlab.memory import measure_training_step
+from peftlab.memory import StepMemory, measure_training_step
 from peftlab.results import Row
 from peftlab.tasks import Task, collate, general_text, mean_loss
 from peftlab.training import find_device, train, trainable
@@ -27,6 +27,8 @@ def fine_tune(
     batch_size: int = 16,
     seed: int = 0,
     score_before: float | None = None,
+    memory: StepMemory | None = None,
+    total_parameters: int | None = None,
     **described: object,
 ) -> Row:
     """Fine-tune `model` in place on `task`, and return the results row, which is also written to the results folder.
@@ -34,7 +36,9 @@ def fine_tune(
     Args:
         unit, method: as they stand in the row.
         save: writes what was learned to a file, whose size the row reports.
-        score_before: the score of the untrained model, if it is known already; else it is measured.
+        score_before, memory: the score of the untrained model and the bytes of a step, if they have been measured
+            already, with the same settings; else they are measured.
+        total_parameters: of the model, where its parameters don't tell: 4-bit weights are buffers. By default they are counted.
         described: further settings for the row, such as the rank.
     """
     model.to(find_device())
@@ -43,9 +47,10 @@ def fine_tune(
     if score_before is None:
         score_before = task.evaluate(model)
     loss_before = mean_loss(model, general)
-    device = next(model.parameters()).device
-    input_ids, labels = (tensor.to(device) for tensor in collate(list(task.train.select(range(batch_size)))))
-    memory = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
+    if memory is None:
+        device = next(model.parameters()).device
+        input_ids, labels = (tensor.to(device) for tensor in collate(list(task.train.select(range(batch_size)))))
+        memory = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
     history = train(model, task.train, steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "learned.safetensors"
@@ -58,7 +63,7 @@ def fine_tune(
         method=method,
         settings=chosen | described,
         trainable_parameters=sum(parameter.numel() for parameter in trainable(model).values()),
-        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        total_parameters=total_parameters or sum(parameter.numel() for parameter in model.parameters()),
         adapter_bytes=adapter_bytes,
         memory=memory,
         seconds_per_step=history.seconds_per_step,

@@ -80,25 +80,25 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(
-    positions: Int[Tensor, "seq"], head_dim: int, theta: float
-) -> tuple[Float[Tensor, "seq head_dim"], Float[Tensor, "seq head_dim"]]:
+    positions: Int[Tensor, "*batch seq"], head_dim: int, theta: float
+) -> tuple[Float[Tensor, "*batch seq head_dim"], Float[Tensor, "*batch seq head_dim"]]:
     """Return cos and sin, in fp32, of the angle by which RoPE turns each feature at each position.
 
     Feature i is paired with feature i + head_dim / 2, and the pair turns by position * theta^(-2i / head_dim)
     (Su et al. 2021, arXiv 2104.09864, section 3.2.2, in Hugging Face's order of features).
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions.float()[:, None] * theta**-exponents
+    angles = positions.float()[..., None] * theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(
     x: Float[Tensor, "batch heads seq head_dim"],
-    cos: Float[Tensor, "seq head_dim"],
-    sin: Float[Tensor, "seq head_dim"],
+    cos: Float[Tensor, "*#batch seq head_dim"],
+    sin: Float[Tensor, "*#batch seq head_dim"],
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Turn every pair of features of queries or keys by its angle."""
+    """Turn every pair of features of queries or keys by its angle: the same in all rows, or (batch, 1, seq, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -119,8 +119,8 @@ class LlamaAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        cos: Float[Tensor, "seq head_dim"],
-        sin: Float[Tensor, "seq head_dim"],
+        cos: Float[Tensor, "*#batch seq head_dim"],
+        sin: Float[Tensor, "*#batch seq head_dim"],
         mask: Bool[Tensor, "batch 1 seq seq"] | None,
     ) -> Float[Tensor, "batch seq hidden"]:
         batch, seq, _ = x.shape
@@ -184,9 +184,25 @@ class LlamaModel(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"] | None = None
     ) -> Float[Tensor, "batch seq hidden"]:
-        x = self.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=x.device)
+        return self.decode(self.embed_tokens(input_ids), attention_mask)
+
+    def decode(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        positions: Int[Tensor, "*batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Return the hidden states for embeddings, which need not be those of any token.
+
+        Args:
+            positions: by which RoPE turns queries and keys, the same in all rows, shaped (seq,), or each row's own. By
+                default 0, 1, 2 and so on. Only differences between positions matter.
+        """
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        if positions.dim() == 2:
+            cos, sin = cos[:, None], sin[:, None]  # the same for all heads
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         mask = None if attention_mask is None else causal_mask(attention_mask)
         for layer in self.layers:
@@ -195,6 +211,13 @@ class LlamaModel(nn.Module):
             else:
                 x = layer(x, cos, sin, mask)
         return self.norm(x)
+
+
+def set_gradient_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """Turn gradient checkpointing on or off in the `LlamaModel` that is, or lies somewhere in, `model`."""
+    for module in model.modules():
+        if isinstance(module, LlamaModel):
+            module.gradient_checkpointing = enabled
 
 
 class Llama(nn.Module):

@@ -4,13 +4,15 @@ Nothing here is computed from a formula. On the CPU every allocation of the step
 allocator is asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 MEBIBYTE = 2**20
+UNITS = {"MiB": MEBIBYTE, "GB": 10**9}
+"""Bytes in the units that tables and pictures use: MiB as computers count, GB as the makers of GPUs do."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,17 @@ class StepMemory:
     optimizer_state: int
     activations: int
     peak: int
+
+
+def step_table(steps: Mapping[str, StepMemory], unit: str = "MiB", digits: int = 1) -> str:
+    """Return, as text, the bytes of each training step by category, in a unit of `UNITS`."""
+    names = max(map(len, [unit, *steps])) + 1
+    lines = [f"{unit:<{names}}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'peak':>10}"]
+    for name, step in steps.items():
+        sizes = (step.parameters, step.gradients, step.optimizer_state, step.activations, step.peak)
+        figures = (f"{size / UNITS[unit]:>{width},.{digits}f}" for size, width in zip(sizes, (10, 11, 11, 13, 10), strict=True))
+        lines.append(f"{name:<{names}}" + "".join(figures))
+    return "\n".join(lines)
 
 
 def measure_training_step(
@@ -123,6 +136,45 @@ def _measure_on_cuda(model: nn.Module, loss: Callable[[], Tensor], optimizer: to
         # Whatever else lives on the device is not part of this step.
         peak=peak - (before_state - parameters),
     )
+
+
+def tensors_of_step(
+    loss: Callable[[], Tensor],
+    parameters: Iterable[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    not_counted: Iterable[Tensor] = (),
+) -> dict[str, list[Tensor]]:
+    """Take a training step, and return the very tensors that make up its bytes.
+
+    Args:
+        loss: runs the forward pass and returns the scalar to differentiate.
+        parameters: all of the model's, frozen or not; what forward saves of these costs nothing.
+        not_counted: other tensors that are there anyway, such as the input.
+
+    Returns:
+        "gradients", "optimizer state" and "saved", what forward leaves for backward, each storage once.
+    """
+    parameters, saved = list(parameters), {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        value = loss()
+    value.backward()
+    optimizer.step()
+    for tensor in (*parameters, *not_counted):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    state = [held for slots in optimizer.state.values() for held in slots.values() if torch.is_tensor(held)]
+    return {"gradients": gradients, "optimizer state": state, "saved": [whole_storage(tensor) for tensor in saved.values()]}
+
+
+def whole_storage(tensor: Tensor) -> Tensor:
+    """Return all the bytes that a tensor keeps alive, of which it may show a part or show some several times."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
 
 
 def _step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:

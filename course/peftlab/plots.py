@@ -5,13 +5,17 @@ it reads in a dark theme too; `show` puts it on the page with alt text.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 from IPython.display import Image, display
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from peftlab.memory import MEBIBYTE, StepMemory
+from peftlab.comparison import chosen_rate, late_loss
+from peftlab.comparison import sweep as sweep_of
+from peftlab.memory import UNITS, StepMemory
 from peftlab.results import Row
 
 COLOURS = {
@@ -33,26 +37,36 @@ def show(figure: Figure, alt: str) -> None:
     display(Image(buffer.getvalue(), format="png", alt=alt))
 
 
-def memory_bars(steps: Mapping[str, StepMemory], title: str) -> Figure:
-    """Draw one stacked bar a training step, in MiB by category, its measured peak as a line across."""
+def memory_bars(
+    steps: Mapping[str, StepMemory], title: str, unit: str = "MiB", card: tuple[str, float] | None = None
+) -> Figure:
+    """Draw one stacked bar a training step, by category, its measured peak as a line across.
+
+    Args:
+        unit: of the axis, one of `peftlab.memory.UNITS`.
+        card: a GPU's name and its bytes, to be drawn as a line that the peaks should not cross.
+    """
     figure, axes = plt.subplots(figsize=(7, 0.7 * len(steps) + 1.4))
     for position, step in enumerate(steps.values()):
         left = 0.0
         for category in ("parameters", "gradients", "optimizer_state", "activations"):
-            size = getattr(step, category) / MEBIBYTE
+            size = getattr(step, category) / UNITS[unit]
             axes.barh(position, size, left=left, color=COLOURS[category], label=_once(category.replace("_", " "), position))
             left += size
-        peak = step.peak / MEBIBYTE
+        peak = step.peak / UNITS[unit]
         axes.plot([peak, peak], [position - 0.4, position + 0.4], color=COLOURS["peak"], label=_once("peak", position))
         ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
         axes.annotate(
             f"{peak:,.0f}", (peak, position), (5, 0), textcoords="offset points", va="center", fontsize=9, bbox=ground
         )
+    if card:
+        axes.axvline(card[1] / UNITS[unit], color="black", linestyle="--", label=card[0])
     axes.set_yticks(range(len(steps)), list(steps))
     axes.invert_yaxis()
-    axes.set(title=title, xlabel="MiB")
+    axes.set(title=title, xlabel=unit)
     axes.margins(x=0.12)
-    axes.legend(ncols=5, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25 - 0.1 / len(steps)))
+    columns = 6 if card else 5
+    axes.legend(ncols=columns, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25 - 0.1 / len(steps)))
     return figure
 
 
@@ -91,6 +105,70 @@ def sweep(points: Mapping[int | float, float], title: str, xlabel: str, ylabel: 
     axes.set_xticks(list(points), [str(point) for point in points])
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     axes.grid(alpha=0.3)
+    return figure
+
+
+def learning_rate_sweep(measured: Mapping[str, Sequence[Row]], title: str) -> Figure:
+    """Draw, for one or several methods, late loss and score against the learning rate; a ring marks the rate that is chosen.
+
+    The lines join the runs of the sweep, with seed 0; other seeds are small marks without a line.
+
+    Args:
+        measured: rows of one task, by the name that the legend shows for their method.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3))
+    losses, scores = panels
+    for number, (name, rows) in enumerate(measured.items()):
+        style = {"color": SERIES[number], "marker": MARKERS[number]}
+        for axes, quantity in zip(panels, (late_loss, lambda row: 100 * row.score_after)):
+            swept = {row.settings["learning_rate"]: quantity(row) for row in sweep_of(rows)}
+            axes.plot(*zip(*sorted(swept.items())), label=name, markersize=5, **style)
+            # All runs, also those of the sweep, whose own marks hide these.
+            runs = [(row.settings["learning_rate"], quantity(row)) for row in rows]
+            axes.plot(*zip(*runs), linestyle="none", markersize=3, alpha=0.6, **style)
+            best = chosen_rate(rows)
+            axes.scatter(best, swept[best], s=140, facecolor="none", edgecolor=SERIES[number])
+    losses.set(xlabel="learning rate", ylabel="loss, last ten steps (nats per label)", ylim=(0, None))
+    scores.set(xlabel="learning rate", ylabel="score (%)", ylim=(0, 105))
+    for axes in (losses, scores):
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    losses.legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+def pareto(
+    points: Mapping[str, tuple[float, float, float]], front: Iterable[str], title: str, xlabel: str, ylabel: str
+) -> Figure:
+    """Draw score against cost, with the noise of each score as a bar; what is on the front is filled, and joined by a line.
+
+    Args:
+        points: cost, score and its noise, by name; what is NaN is left out.
+        front: names of those that nothing beats.
+    """
+    figure, axes = plt.subplots(figsize=(8, 3.4))
+    front = set(front)
+    drawn = {name: point for name, point in points.items() if not any(map(math.isnan, point[:2]))}
+    steps = sorted(point[:2] for name, point in drawn.items() if name in front)
+    axes.step([cost for cost, _ in steps], [score for _, score in steps], where="post", color="#999999", linewidth=1, zorder=1)
+    for number, (name, (cost, score, noise)) in enumerate(drawn.items()):
+        turn, place = divmod(number, len(SERIES))
+        style = {"color": SERIES[place], "marker": MARKERS[(place + turn) % len(MARKERS)], "markersize": 8, "capsize": 3}
+        filled = SERIES[place] if name in front else "white"
+        axes.errorbar(cost, score, yerr=noise, linestyle="none", markerfacecolor=filled, label=name, **style)
+    costs = [cost for cost, _, _ in drawn.values()]
+    if costs and max(costs) > 2 * min(costs) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(costs) < 100 * min(costs) else (1,)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(x=0.1, y=0.1)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    if drawn:
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 

@@ -73,8 +73,8 @@ class _WithFactors(nn.Module):
     def __init__(self, base: nn.Module, in_features: int, out_features: int, rank: int, dtype: torch.dtype):
         super().__init__()
         self.base = base
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype))
+        self.lora_A = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + x @ self.lora_A.T @ self.lora_B.T

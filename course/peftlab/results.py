@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from peftlab.memory import StepMemory
 SHIPPED = Path(__file__).parent / "measured"
 """The rows that come with the course, one folder a unit."""
 
-PACKAGES = ("torch", "transformers", "peft", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,29 @@ def load(unit: str, folder: Path | None = None) -> list[Row]:
     for path in sorted(((folder or results_folder()) / unit).glob("*.json")):
         try:
             fields = json.loads(path.read_text())
-            rows.append(Row(**{**fields, "memory": StepMemory(**fields["memory"])}))
+            rows.append(_sound(Row(**{**fields, "memory": StepMemory(**fields["memory"])})))
         except (ValueError, TypeError, KeyError) as error:
             warnings.warn(f"{path} is not a results row and is left out ({error})", stacklevel=2)
     return rows
+
+
+def _sound(row: Row) -> Row:
+    """Return a row whose values can be counted with.
+
+    Raises:
+        ValueError: if it has every column, but not what belongs there.
+    """
+    counts = (row.trainable_parameters, row.total_parameters, row.adapter_bytes, *astuple(row.memory))
+    figures = (*counts, row.seconds_per_step, row.score_before, row.score_after, row.forgetting)
+    if not all(isinstance(figure, int | float) for figure in figures):
+        raise ValueError("something else where a number belongs")
+    if not (isinstance(row.losses, list) and row.losses and all(isinstance(loss, int | float) for loss in row.losses)):
+        raise ValueError("no losses")
+    if not isinstance(row.settings, dict) or {"steps", "learning_rate", "seed"} - row.settings.keys():
+        raise ValueError("no steps, learning rate or seed among its settings")
+    if not 0 <= row.score_after <= 1:
+        raise ValueError(f"a score of {row.score_after}")
+    return row
 
 
 def package_versions() -> dict[str, str]:

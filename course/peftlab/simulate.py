@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peftlab.llama import Llama, LlamaConfig
+from peftlab.llama import Llama, LlamaConfig, LlamaDecoderLayer, set_gradient_checkpointing
 from peftlab.memory import StepMemory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,7 +80,7 @@ def _on_paper(config: LlamaConfig, prepare: Callable, dtype: torch.dtype, checkp
     with torch.device("meta"):
         model = Llama(config).to(dtype)
         prepare(model)
-    model.model.gradient_checkpointing = checkpointing
+    set_gradient_checkpointing(model, checkpointing)
     return model.train()
 
 
@@ -130,8 +130,9 @@ def _measure(model: Llama, optimizer_class: Callable, batch_size: int, sequence_
                 if output.requires_grad:
                     output.register_hook(stage_ends)
 
-        for layer in model.model.layers:
-            layer.register_forward_hook(layer_ends)
+        for module in model.modules():
+            if isinstance(module, LlamaDecoderLayer):
+                module.register_forward_hook(layer_ends)
         with tracker:
             next_token_loss(model, input_ids).backward()
             optimizer.step()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from peftlab import settings
-from peftlab.llama import causal_loss
+from peftlab.llama import causal_loss, set_gradient_checkpointing
 from peftlab.tasks import collate
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def train(
     steps, batch_size = settings.steps(steps), settings.rows(batch_size)
     torch.manual_seed(seed)
     model.to(device).train()
-    model.model.gradient_checkpointing = gradient_checkpointing
+    set_gradient_checkpointing(model, gradient_checkpointing)
 
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), cycle_momentum=False)

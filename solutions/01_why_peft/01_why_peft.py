@@ -150,12 +150,13 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-2-70B"):
 # | `LoRA` | 2 | 2, of what is trained | 2 + 2, of what is trained | the trained factors are weights, too |
 # | `QLoRA` | 4 bits where LoRA adapts, else 2 bytes | as with LoRA | as with LoRA | see below |
 #
-# QLoRA stores the matrices that LoRA adapts in blocks of 64 values, 4 bits each. A block has one scale, stored in 8 bits; and 256 such
+# The last two are methods of later units. LoRA freezes the model and *adapts* its matrices: beside each it trains two thin ones, the **factors**. QLoRA
+# does the same, and stores the matrices that LoRA adapts in blocks of 64 values, 4 bits each. A block has one scale, stored in 8 bits; and 256 such
 # scales share one of their own, in fp32 (*double quantization*, unit 09). What LoRA does not adapt, embedding, head and norms,
 # stays in 16 bits, and so do the factors.
 #
-# `parameters` counts the model as it was, `adapted` those of its numbers that lie in adapted matrices, `trained` the numbers in LoRA's
-# factors. Fractions of bytes are fine. Refuse what cannot be: an unknown recipe and a negative number, with a `ValueError`.
+# `parameters` counts the model as it was, and is all that the first four recipes need; `adapted` counts those of its numbers that lie in adapted
+# matrices, which matters for QLoRA alone, and `trained` the numbers in the factors. Fractions of bytes are fine. Refuse what cannot be: an unknown recipe and a negative number, with a `ValueError`.
 #
 # <details><summary>How many bits a number has QLoRA, then?</summary>
 #
@@ -278,13 +279,14 @@ for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
 # Backward needs tensors from forward: a product needs its inputs, a norm its input, a softmax its output. These **activations** are kept
 # from forward until backward has used them. They grow with the batch, and no table of weights can show them.
 #
-# In our LLaMA, in 16 bits with flash attention (`scaled_dot_product_attention`), this is kept *for every token*, in bytes:
+# In our LLaMA, in 16 bits with flash attention (`scaled_dot_product_attention`: the scores of all pairs of tokens are computed piece by piece, and
+# never kept), this is kept *for every token*, in bytes:
 #
 # | part of a layer | what is kept | bytes |
 # |---|---|---|
 # | each of the two norms | its input in fp32, the normed input, its output | (4 + 2 + 2) $h$ |
 # | attention | queries and output, keys and values | 2 ($h$ + $h$) + 2 ($k$ + $k$) |
-# | | the softmax's logarithm of sums, in fp32, one a head | 4 × heads |
+# | | the logarithm of the softmax's denominator, in fp32, one a head | 4 × heads |
 # | MLP | gate, silu(gate), up, and their product | 4 × 2 $i$ |
 #
 # and once, at the end, the last norm, (4 + 2 + 2) $h$, and the logits in fp32, 4 × vocab, for the loss. With **gradient checkpointing**
@@ -353,9 +355,9 @@ print(f"checkpointing:              {bytes_of_one_layer(SDPBackend.FLASH_ATTENTI
 #
 # No computer here holds 56 GB. But a training step can be run on **fake tensors**: each has a shape and a dtype, and no numbers. Every
 # operation runs, the allocator's book-keeping is followed, and nothing is allocated. `simulate_training_step` does that for two and three
-# layers and follows the line, which takes a second; `whole_model=True` runs every layer.
+# layers and extrapolates linearly to all, which takes a second; `whole_model=True` runs every layer.
 #
-# **Predict:** LLaMA-7B with LoRA of rank 16 on all linear layers, batch 1, 512 tokens. How many GB at the peak, and what part of them is
+# **Predict:** LLaMA-7B with LoRA of rank 16 (its factors are 16 numbers wide) on all linear layers, batch 1, 512 tokens. How many GB at the peak, and what part of them is
 # activations?
 
 # %%
@@ -404,20 +406,10 @@ for name, recipe, adapted, step in table:
 # needs checkpointing, too. Try it below.)
 
 # %% tags=["experiment"]
-chosen = [row for row in table if row[0] == "LLaMA-7B"]
-figure, axes = plt.subplots(figsize=(8, 3.6))
-for position, (_, _, _, step) in enumerate(chosen):
-    left = 0.0
-    for category in ("parameters", "gradients", "optimizer_state", "activations"):
-        size = getattr(step, category) / GB
-        label = category.replace("_", " ") if position == 0 else None
-        axes.barh(position, size, left=left, color=plots.COLOURS[category], label=label)
-        left += size
-axes.axvline(24, color="black", linestyle="--", label="a GPU of 24 GB")
-axes.set_yticks(range(len(chosen)), [row[1] for row in chosen])
-axes.invert_yaxis()
-axes.set(title="One training step of LLaMA-7B, 512 tokens, by recipe", xlabel="GB")
-axes.legend(frameon=False, fontsize=8)
+chosen = {recipe: step for name, recipe, _, step in table if name == "LLaMA-7B"}
+figure = plots.memory_bars(
+    chosen, "One training step of LLaMA-7B, 512 tokens, by recipe", unit="GB", card=("a GPU of 24 GB", 24 * GB)
+)
 plots.show(figure, alt="Six stacked bars; only LoRA's and QLoRA's end left of the line at 24 GB, and QLoRA's is the shortest.")
 
 # %% [markdown]
@@ -500,9 +492,9 @@ def count_trainable_with_a_bug(model: nn.Module) -> tuple[int, int]:
 
 # %% [markdown]
 # A 4-bit weight is stored as bytes, two numbers in each: a `torch.uint8` tensor of about half as many elements. (The scripts of the QLoRA
-# paper knew that the count is off by two somewhere, and halved the *other* number, the trained one: qlora issue 260.)
+# paper knew that the count is off by a factor of two somewhere, and halved the *other* number, the trained one: qlora issue 260.)
 #
-# A packed parameter carries its true shape in an attribute `original_shape`; no other tensor has it. Write `count_trainable` so that
+# A packed parameter carries its true shape in an attribute `original_shape`, a `torch.Size`; no other tensor has it. Write `count_trainable` so that
 # every number counts once, in a packed tensor too, whose last byte may be half empty.
 
 

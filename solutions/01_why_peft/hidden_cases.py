@@ -44,6 +44,7 @@ CASES = {
             activations_case(generator, False) | {"batch_size": 1, "sequence_length": 1024}
         ),
         "without grouped-query attention": lambda generator: activations_case(generator, False, grouped=False),
+        "of nine layers": lambda generator: activations_case(generator, False) | {"num_hidden_layers": 9},
         "for one layer, with checkpointing": lambda generator: activations_case(generator, True) | {"num_hidden_layers": 1},
     },
     check_adam_step: {

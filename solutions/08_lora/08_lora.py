@@ -320,7 +320,7 @@ i_think_smaller = []  # of "parameters", "gradients", "optimizer_state", "activa
 
 # %% tags=["experiment"]
 from peftlab import settings, tasks
-from peftlab.memory import MEBIBYTE, measure_training_step
+from peftlab.memory import measure_training_step, step_table
 from peftlab.pretrained import load_smollm2
 from peftlab.training import find_device
 
@@ -336,10 +336,7 @@ for method, prepare in {"full fine-tuning": lambda model: model, "LoRA, rank 8":
     model = prepare(model).to(device)
     measured[method] = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
 
-print(f"{'MiB':<18}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'peak':>10}")
-for method, step in measured.items():
-    sizes = (step.parameters, step.gradients, step.optimizer_state, step.activations, step.peak)
-    print(f"{method:<18}" + "".join(f"{size / MEBIBYTE:>{width},.1f}" for size, width in zip(sizes, (10, 11, 11, 13, 10))))
+print(step_table(measured))
 
 # %% tags=["experiment"]
 figure = plots.memory_bars(

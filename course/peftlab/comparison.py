@@ -1,0 +1,199 @@
+"""The comparison of methods: its rows, read and summed up. `autograder.comparison` measures them."""
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from peftlab import results
+from peftlab.memory import step_table
+from peftlab.results import Row
+
+TASKS = ("movie_reviews", "tool_calls")
+UNIT = "comparison"
+LATE = 10
+"""How many of the last steps count when a learning rate is chosen."""
+
+
+def rows(method: str, task: str | None = None, variant: str = "", folder: Path = results.SHIPPED) -> list[Row]:
+    """Return the rows of a method's variant, by task, learning rate and seed.
+
+    Args:
+        variant: "" is the method's standard form; each unit names its others.
+        folder: the shipped rows, or a folder of this reader's own.
+    """
+    found = [
+        row
+        for row in results.load(UNIT, folder)
+        if row.method == method and row.settings.get("variant", "") == variant and task in (None, row.task)
+    ]
+    return sorted(found, key=lambda row: (row.task, row.settings["learning_rate"], row.settings["seed"]))
+
+
+def late_loss(row: Row) -> float:
+    """Return the mean training loss of the last ten steps, in nats per label.
+
+    No row of the data comes twice within these runs, so this is a loss on rows that had not been trained on, and a
+    learning rate may be chosen by it without a look at the test split.
+    """
+    return mean(row.losses[-LATE:])
+
+
+def sweep(found: Sequence[Row]) -> list[Row]:
+    """Return the rows of the learning-rate sweep: those with seed 0."""
+    return [row for row in found if row.settings["seed"] == 0]
+
+
+def late_losses(found: Iterable[Row]) -> dict[float, dict[int, float]]:
+    """Return the late loss of every run of one task, method and variant, by learning rate and seed; infinite for NaN."""
+    late: dict[float, dict[int, float]] = {}
+    for row in found:
+        loss = late_loss(row)
+        late.setdefault(row.settings["learning_rate"], {})[row.settings["seed"]] = math.inf if math.isnan(loss) else loss
+    return late
+
+
+def chosen_rate(found: Sequence[Row]) -> float:
+    """Return the learning rate with the lowest mean late loss, of the rates with the most seeds.
+
+    A mean over several seeds is not compared with a single run, which may be a lucky one.
+
+    Args:
+        found: rows of one task, method and variant.
+
+    Raises:
+        ValueError: if there is no row, or rows of several tasks or methods.
+    """
+    kinds = {(row.task, row.method, row.settings.get("variant", "")) for row in found}
+    if len(kinds) != 1:
+        raise ValueError(f"one task, method and variant at a time, not {sorted(kinds) or 'none'}")
+    late = late_losses(found)
+    most = max(map(len, late.values()))
+    return min((rate for rate, losses in late.items() if len(losses) == most), key=lambda rate: mean(late[rate].values()))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the seeds at the chosen learning rate say together.
+
+    Attributes:
+        learning_rate: the one chosen.
+        scores: of every seed, in their order.
+        score: their mean, between 0 and 1.
+        spread: the largest minus the smallest.
+        forgetting: the mean, in nats per token.
+        row: one of the rows, for what does not depend on the seed: bytes and counts.
+    """
+
+    learning_rate: float
+    scores: tuple[float, ...]
+    score: float
+    spread: float
+    forgetting: float
+    row: Row
+
+
+def summary(found: Sequence[Row]) -> Summary:
+    """Sum up the rows of one task, method and variant at the learning rate that is chosen.
+
+    Raises:
+        ValueError: as `chosen_rate`.
+    """
+    rate = chosen_rate(found)
+    chosen = [row for row in found if row.settings["learning_rate"] == rate]
+    scores = tuple(row.score_after for row in chosen)
+    return Summary(
+        learning_rate=rate,
+        scores=scores,
+        score=mean(scores),
+        spread=max(scores) - min(scores),
+        forgetting=mean(row.forgetting for row in chosen),
+        row=chosen[0],
+    )
+
+
+Shipped = Mapping[tuple[str, str], Sequence[Row]]
+"""Rows by task and by the name that a table gives to a method's variant."""
+
+
+def select(compared: Mapping[str, tuple[str, str]], folder: Path = results.SHIPPED) -> dict[tuple[str, str], list[Row]]:
+    """Return the rows to compare, by task and name; say what has not been measured, and leave it out.
+
+    Args:
+        compared: method and variant, by the name that tables and pictures show.
+    """
+    found = {
+        (task, name): rows(method, task, variant, folder) for task in TASKS for name, (method, variant) in compared.items()
+    }
+    missing = [f"{name} on {task}" for (task, name), of_one_kind in found.items() if not of_one_kind]
+    if missing:
+        print(f"Not measured yet, and left out: {', '.join(missing)}.")
+    return {key: of_one_kind for key, of_one_kind in found.items() if of_one_kind}
+
+
+def on_task(shipped: Shipped, task: str) -> dict[str, Sequence[Row]]:
+    """Return the rows of one task, by the name of their method's variant."""
+    return {name: found for (of_task, name), found in shipped.items() if of_task == task}
+
+
+def sweep_table(shipped: Shipped) -> str:
+    """Return, as text, late loss and score at every learning rate of the sweeps; a star marks the rate that is chosen.
+
+    The runs of the sweep are those with seed 0; where other seeds were run too, the rate was chosen by all of them.
+    """
+    lines = [f"{'':<15}{'':<20}{'rate':>9}{'late loss':>11}{'score':>8}"]
+    for (task, name), found in shipped.items():
+        chosen = chosen_rate(found)
+        for row in sweep(found):
+            rate = row.settings["learning_rate"]
+            star = " *" if rate == chosen else ""
+            lines.append(f"{task:<15}{name:<20}{rate:>9g}{late_loss(row):>11.3f}{row.score_after:>8.1%}{star}")
+    return "\n".join(lines)
+
+
+def score_table(shipped: Shipped) -> str:
+    """Return, as text, what the seeds at the chosen rate give: score and spread, what is trained, its file, forgetting."""
+    heads = f"{'rate':>9}{'score':>8}{'spread':>8}{'seeds':>7}{'trained':>13}{'share':>9}{'file, kB':>11}{'forgetting':>12}"
+    lines = [f"{'':<15}{'':<20}{heads}"]
+    for (task, name), found in shipped.items():
+        total = summary(found)
+        row = total.row
+        lines.append(
+            f"{task:<15}{name:<20}{total.learning_rate:>9g}{total.score:>8.1%}{total.spread:>8.1%}{len(total.scores):>7}"
+            f"{row.trainable_parameters:>13,}{row.trainable_parameters / row.total_parameters:>9.3%}"
+            f"{row.adapter_bytes / 1e3:>11,.0f}{total.forgetting:>+12.2f}"
+        )
+    return "\n".join(lines)
+
+
+def memory_table(shipped: Shipped) -> str:
+    """Return, as text, the measured MiB of one training step by category."""
+    return step_table({f"{task:<15}{name}": summary(found).row.memory for (task, name), found in shipped.items()})
+
+
+def machine(row: Row) -> str:
+    """Return the processor or the GPU that a row was measured on: its `hardware` without the number of threads."""
+    return re.sub(r", \d+ threads?$", "", row.hardware)
+
+
+def own_rows(folders: Iterable[Path] | None = None) -> list[Row]:
+    """Return the rows that this reader has measured, in any unit; say which files are none, and leave these out.
+
+    Args:
+        folders: results folders. By default those that `fine_tune` writes to: the one that `PEFTLAB_RESULTS` names, or
+            else `results` beside every unit's notebook, this one's neighbours.
+    """
+    if folders is None:
+        folders = [results.results_folder()] if os.environ.get("PEFTLAB_RESULTS") else sorted(Path("..").glob("*/results"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [
+            row for folder in folders for place in sorted(Path(folder).glob("*/")) for row in results.load(place.name, folder)
+        ]
+    for warning in caught:
+        print(warning.message)
+    return found

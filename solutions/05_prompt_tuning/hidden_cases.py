@@ -1,0 +1,67 @@
+"""The hidden cases of unit 05_prompt_tuning: for every check, what kind of case it is and how to make one."""
+
+import torch
+
+from autograder.checks.prompt_tuning import (
+    check_diagnose,
+    check_mixed_prompts,
+    check_prompt_files,
+    check_prompted_forward,
+    check_prompted_loss,
+    check_prompted_memory,
+    check_starts,
+    diagnose_case,
+    exact_case,
+    files_case,
+    loss_case,
+    memory_case,
+    mixed_case,
+    prompted_case,
+    starts_case,
+)
+
+CASES = {
+    check_prompted_forward: {
+        "in two layers, padded on the left": lambda generator: prompted_case(generator, "left", layers=2),
+        "in two layers, padded on the right": lambda generator: prompted_case(generator, "right", layers=2),
+        "on a base in bfloat16, with a prompt in fp32": lambda generator: exact_case(generator, "each", torch.bfloat16),
+        "on a base in float16, with a prompt in fp32 and no mask": lambda generator: exact_case(
+            generator, "none", torch.float16
+        ),
+    },
+    check_prompted_memory: {
+        "without a mask": lambda generator: memory_case(generator, "none"),
+        "in two layers, padded on either side": lambda generator: memory_case(generator, "each", layers=2),
+    },
+    check_starts: {
+        "of an embedding in float16": lambda generator: starts_case(generator, torch.float16),
+        "of an embedding in double precision": lambda generator: starts_case(generator, torch.float64),
+    },
+    check_prompted_loss: {
+        "on logits in float16": lambda generator: loss_case(generator, torch.float16),
+        "with few labels": lambda generator: loss_case(generator, ignored=0.9),
+    },
+    check_mixed_prompts: {
+        "in two layers, padded on the left": lambda generator: mixed_case(generator, "left", layers=2),
+        "in two layers, padded on the right": lambda generator: mixed_case(generator, "right", layers=2),
+    },
+    check_prompt_files: {
+        "in bfloat16": lambda generator: files_case(generator, torch.bfloat16),
+        "in double precision": lambda generator: files_case(generator, torch.float64),
+    },
+    check_diagnose: {
+        "of a small prompt": lambda generator: diagnose_case(generator, scale=0.1),
+        "of a large prompt": lambda generator: diagnose_case(generator, scale=7.0),
+    },
+}
+
+# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+SURVIVORS = {
+    "mask.cumsum(dim=1) - 1  ->  mask.cumsum(dim=1) + 1": "positions from 0 or from 2: RoPE sees differences only",
+    "1  ->  2": "positions from 0 or from -1: RoPE sees differences only",
+    "nn.functional.cross_entropy(predicting, predicted, ignore_index=IGNORE)  ->  "
+    "nn.functional.cross_entropy(predicting, predicted)": "the default of ignore_index is -100, which is IGNORE",
+    "nn.Parameter(prompt.detach().clone())  ->  prompt.detach().clone()": "an nn.ParameterList makes parameters of plain tensors",
+    "torch.tensor(used, device=x.device)  ->  torch.tensor(used)": "the checks run on the CPU, where the two are the same",
+    "rates[0] * steps < 0.1 * size  ->  rates[0] * steps <= 0.1 * size": "the two differ where random numbers are equal",
+}

@@ -1,0 +1,1457 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 10 · QLoRA: train on top of four bits
+#
+# | minutes | difficulty | points | before this unit |
+# |---|---|---|---|
+# | 140, and 15 of experiments on two CPU cores | 4 of 5 | 16 | 08_lora and 09_quantization; what autograd saves |
+#
+# LoRA took away gradients and optimizer state, and left the weights in memory as they were. Unit 09 stored a weight in little more than four
+# bits. QLoRA (Dettmers et al. 2023) puts the two together: the base is kept in NF4, every layer is dequantized for the moment in which it is
+# used, and LoRA is trained on top. So a model of 65 billion parameters was fine-tuned on one GPU of 48 GB.
+#
+# **When you have finished, you can**
+#
+# 1. build a 4-bit linear layer that passes gradients on and keeps nothing but its codes, and prove it in bytes;
+# 2. say where QLoRA's bytes go, from your own measurements of a small model, and of 7 and 65 billion parameters on paper;
+# 3. choose: which layers to quantize, which dtype to store and which to compute in, what to do with the adapter afterwards.
+#
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
+# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+
+# %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
+import math
+from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from autograder.checks.qlora import (
+    check_adamw_8bit,
+    check_fast_dequantize,
+    check_merged_weight,
+    check_nf4_linear,
+    check_nf4_memory,
+    check_prepare,
+    check_qlora,
+    check_qlora_layer,
+)
+from peftlab import plots
+from peftlab.dynamic_code import dynamic_code, nearest_code
+from peftlab.llama import PRESETS, Llama, causal_loss, set_gradient_checkpointing
+from peftlab.memory import MEBIBYTE, StepMemory, measure_training_step, step_table, tensor_bytes
+
+UNIT = "10_qlora"
+
+
+def bitsandbytes_nf4(weight: Tensor, double: bool = True) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Quantize a weight with bitsandbytes; return the packed bytes, the statistics, and the sixteen levels of NF4.
+
+    The statistics are (absmax,), or (codes of absmax, nested absmax, offset) with double quantization: unit 09 made them by hand.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight.detach(), quant_type="nf4", compress_statistics=double)
+    statistics = (state.absmax, state.state2.absmax, state.offset) if double else (state.absmax,)
+    return packed, statistics, state.code
+
+
+# %% [markdown]
+# ## The idea
+#
+# A weight $W$ is stored as 4-bit codes $q$ and statistics $s$. What it stands for, $\hat W = \text{dequantize}(q, s)$, is close to $W$. A layer
+# computes with $\hat W$, and LoRA is added as ever:
+#
+# $$ y = \hat W x + \frac{\alpha}{r} \, B A \, x, \qquad \frac{\partial L}{\partial x} = \hat W^\top g + \frac{\alpha}{r} \, A^\top B^\top g \quad\text{with}\quad g = \frac{\partial L}{\partial y} $$
+#
+# | | | |
+# |---|---|---|
+# | the weight, for a moment | $\hat W = \text{dequantize}(q, s)$ | `weight = self.dequantized()` |
+# | forward | $\hat W x$ | `x @ weight.T` |
+# | backward | $\hat W^\top g$ | `gradient @ weight`, dequantized *again* |
+# | the update | $\frac{\alpha}{r} B (A x)$ | `self.scaling * (x @ A.T @ B.T)` |
+#
+# Nobody asks for the gradient of $q$: codes cannot move by a small step. The gradient of $x$ must go on, to the layers below. It needs $\hat W$, which
+# was there in forward, and the whole saving depends on what happens to it in between. If autograd keeps it, all layers have an
+# unpacked weight in memory when backward begins, and the codes have been for nothing.
+#
+# Here are the bytes of one query projection of SmolLM2, drawn to scale.
+
+# %%
+weights, factors = 576 * 576, 8 * (576 + 576)
+boxes = {
+    "fp32": (4 * weights, "#999999"),
+    "bf16": (2 * weights, "#999999"),
+    "NF4": (weights // 2 + weights // 64, "#0072B2"),
+    "A and B, fp32": (4 * factors, "#D55E00"),
+}
+figure, axes = plt.subplots(figsize=(7, 2.8))
+left = 0.0
+for name, (size, colour) in boxes.items():
+    side = size**0.5
+    axes.add_patch(plt.Rectangle((left, 0), side, side, color=colour))
+    axes.annotate(f"{name}\n{size / 1024:,.0f} KiB", (left + side / 2, -60), ha="center", va="top", fontsize=9)
+    left += side + 420
+axes.set(xlim=(-120, left), ylim=(-520, 1250), aspect="equal", title="Bytes of one projection, 576 × 576, as areas")
+axes.axis("off")
+plots.show(figure, alt="Four squares: fp32 large, bf16 half its area, NF4 an eighth and a little, LoRA's factors a small one.")
+
+# %% [markdown]
+# *What to see.* The blue square is what has to be kept, the orange one what is trained. The grey one in the middle is what a layer computes with,
+# and it should exist for one layer at a time.
+#
+# ### Predict
+#
+# How many bytes does a parameter of the quantized layers take, statistics included? And will a training step of QLoRA be faster than one of
+# LoRA, since it reads fewer bytes, or slower? Write down what you expect; sections 4 and 6 measure it.
+
+# %%
+my_bytes_per_parameter = None  # a number
+my_seconds = None  # QLoRA's step over LoRA's: a ratio
+
+# %% [markdown]
+# ## 1. Dequantize, fast  ·  2 points, about 20 minutes
+#
+# In unit 09 dequantizing had to be right. Now it happens twice in every layer and step, so it has to be fast and sparing as well. The
+# obvious way unpacks the codes and looks each one up, with an index for every weight. An index of PyTorch is an integer of four or eight *bytes*, so
+# that looking up four-bit codes takes more memory than the fp32 weight itself.
+#
+# There are only 256 different bytes, and each stands for two weights. So:
+#
+# 1. a **table** of 256 rows: the two levels that a byte stands for, the high half first;
+# 2. **one gather**: look up every byte; what comes out are pairs of weights, in their order;
+# 3. **one product**, in place: the values, viewed as blocks, times their absmax, in fp32; then cast to the dtype asked for.
+#
+# The check wants the values to the last bit, and follows every allocation: at its peak it may take 6 bytes a weight, of which 4 are the fp32 values.
+#
+# <details><summary>How do I make the table?</summary>
+#
+# Byte 58 is `0011 1010`: levels 3 and 10. Going through the bytes, the first level changes every 16 rows, the second in every row:
+# `repeat_interleave(16)` and `repeat(16)`, side by side.
+# </details>
+# <details><summary>IndexError about a mask, or the check says that an index takes eight bytes</summary>
+#
+# A `uint8` index is taken for a mask. `packed.flatten().int()` is an index of four bytes for two weights; `.long()` has eight.
+# </details>
+# <details><summary>The check says that there is a second fp32 copy</summary>
+#
+# `values * absmax[:, None]` makes a new tensor. `values *= absmax[:, None]` does not. Views (`view`, `[:, None]`) cost nothing.
+# </details>
+# <details><summary>It is right, and I would like it faster still</summary>
+#
+# Numbers are gathered faster than rows. `table.view(torch.int64)` takes each row of two fp32 values for one number of eight bytes, and
+# `.view(torch.float32)` takes the numbers apart again; `index_select` is the fastest gather on a CPU.
+# </details>
+
+
+# %% nbgrader={"grade": false, "grade_id": "fast-dequantize", "locked": false, "schema_version": 3, "solution": true, "task": false}
+def dequantize_nf4(
+    packed: UInt8[Tensor, "half 1"],
+    absmax: Float[Tensor, "blocks"],
+    levels: Float[Tensor, "16"],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    block_size: int = 64,
+) -> Float[Tensor, "..."]:
+    """Return level times absmax, in this shape and dtype; the product is made in fp32 and rounded once, at the end.
+
+    Args:
+        packed: two codes to a byte, the first in the high half; not modified.
+        absmax: of every `block_size` weights in a row, in fp32; not modified.
+        levels: in fp32, on the device of `packed`.
+    """
+    ### BEGIN SOLUTION
+    # A byte's two values, as one number of eight bytes: numbers are gathered faster than rows of two.
+    table = torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
+    blocks = table.index_select(0, packed.flatten().int()).view(torch.float32).view(-1, block_size)
+    blocks *= absmax[:, None]
+    return blocks.view(shape).to(dtype)
+    ### END SOLUTION
+
+
+# %% nbgrader={"grade": true, "grade_id": "check-fast-dequantize", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+check_fast_dequantize(dequantize_nf4)
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("10_qlora", check_fast_dequantize, dequantize_nf4)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## 2. A layer of codes  ·  4 points, about 35 minutes
+#
+# `NF4Linear` takes the place of a frozen `nn.Linear`. It is made from tensors that somebody else has quantized. `statistics` is `(absmax,)`, in fp32, or,
+# with double quantization, `(codes, nested_absmax, offset)`: `uint8` codes of `dynamic_code()`, an fp32 absmax for every 256 of these, and
+# the mean that was subtracted, just as in unit 09.
+#
+# **What it holds.** Buffers, not parameters: nothing of it is trained. A buffer moves with `layer.to(device)` and is in the state dict, which a
+# plain attribute is not. `dequantized()` returns the weight, in `compute_dtype`.
+#
+# **Storage and compute.** How a number is stored and in which dtype it takes part in a product are two decisions. The codes have four bits, whatever
+# is computed; `forward` casts `x` to `compute_dtype`, multiplies, adds the bias in that dtype, and gives the result back in the dtype of `x`.
+#
+# **What must not be cast.** `model.to(torch.bfloat16)` casts every floating-point buffer. It would round absmax to 8 significant bits, and no later cast brings
+# them back: a whole block of weights would be off by up to 0.4%. `nn.Module` sends every tensor through its method `_apply`, so this is
+# the place to keep the dtype; it is given below. (bitsandbytes keeps statistics outside of the module's tensors for this reason, among others.)
+#
+# **What backward needs.** `NF4Product` is an operation with a backward of your own. `forward(ctx, x, layer)` returns $\hat W x$ and may leave things on `ctx`;
+# `backward(ctx, gradient)` returns one gradient for each argument of `forward`, `None` for what has none. Leave the *layer* on `ctx`: that is
+# a reference, and costs nothing. `NF4Product.apply(x, layer)` calls it.
+#
+# <details><summary>The check says that no gradient reaches the layers below</summary>
+#
+# `apply` has to be given the `x` that came in (cast, but not detached). What `backward` returns first is the gradient of `x`.
+# </details>
+# <details><summary>The check says that the weight is kept</summary>
+#
+# `ctx.weight = ...`, `ctx.save_for_backward(weight)`, `self.weight = ...` and a plain `x @ weight.T` outside of `NF4Product` all keep it. Call
+# `dequantized()` in forward and again in backward.
+# </details>
+# <details><summary>The check says that the nested absmax of the wrong block was taken</summary>
+#
+# Codes 0 to 255 share the first. `repeat_interleave(256)` repeats each number in its place, `repeat(256)` the whole list; cut off what is
+# too long.
+# </details>
+# <details><summary>The check says that something is not on the device</summary>
+#
+# `dynamic_code(device=...)` makes its table where you say. The other tensors move with the layer, if they are buffers.
+# </details>
+
+
+# %% nbgrader={"grade": false, "grade_id": "nf4-linear", "locked": false, "schema_version": 3, "solution": true, "task": false}
+class NF4Product(torch.autograd.Function):
+    """x W^T, for the weight W of an `NF4Linear`, which is there only while it is used."""
+
+    @staticmethod
+    def forward(ctx, x: Float[Tensor, "... in"], layer: "NF4Linear") -> Float[Tensor, "... out"]:
+        """Return the product; `x` is in the layer's compute dtype."""
+        ### BEGIN SOLUTION
+        ctx.layer = layer
+        return x @ layer.dequantized().T
+        ### END SOLUTION
+
+    @staticmethod
+    def backward(ctx, gradient: Float[Tensor, "... out"]) -> tuple[Float[Tensor, "... in"], None]:
+        """Return the gradient of `x`, and None for the layer."""
+        ### BEGIN SOLUTION
+        return gradient @ ctx.layer.dequantized(), None
+        ### END SOLUTION
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer that holds 4-bit codes and statistics, and nothing else.
+
+    Args:
+        packed: `uint8`, two codes to a byte.
+        statistics: (absmax,) in fp32, or (codes of absmax in `uint8`, nested absmax, offset).
+        levels: what the sixteen codes stand for, in fp32.
+        shape: of the weight, (out_features, in_features), in blocks of 64.
+        compute_dtype: in which the products are computed.
+        bias: (out_features,), or None.
+    """
+
+    def __init__(
+        self,
+        packed: UInt8[Tensor, "half 1"],
+        statistics: tuple[Tensor, ...],
+        levels: Float[Tensor, "16"],
+        shape: tuple[int, int],
+        compute_dtype: torch.dtype,
+        bias: Float[Tensor, "out"] | None = None,
+    ):
+        super().__init__()
+        self.shape = shape
+        self.compute_dtype = compute_dtype
+        ### BEGIN SOLUTION
+        absmax, *nested = statistics
+        nested_absmax, offset = nested or (None, None)
+        self.register_buffer("packed", packed)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("offset", offset)
+        self.register_buffer("levels", levels)
+        self.register_buffer("bias", bias)
+        ### END SOLUTION
+
+    def dequantized(self) -> Float[Tensor, "out in"]:
+        """Return the weight that codes and statistics stand for, in the compute dtype."""
+        ### BEGIN SOLUTION
+        absmax = self.absmax
+        if self.nested_absmax is not None:
+            scale = self.nested_absmax.repeat_interleave(256)[: len(absmax)]
+            absmax = dynamic_code(device=absmax.device)[absmax.int()] * scale + self.offset
+        return dequantize_nf4(self.packed, absmax, self.levels, self.shape, self.compute_dtype)
+        ### END SOLUTION
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Return W x + bias, computed in the compute dtype, in the dtype of x."""
+        ### BEGIN SOLUTION
+        output = NF4Product.apply(x.to(self.compute_dtype), self)
+        if self.bias is not None:
+            output = output + self.bias.to(self.compute_dtype)
+        return output.to(x.dtype)
+        ### END SOLUTION
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        """Move the buffers as ever, but leave their dtype: `model.to(torch.bfloat16)` must not round statistics."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+# %% [markdown]
+# The first check compares output and gradients with the spec, in several dtypes, then loads the layer from a state dict, casts it, and moves
+# it. *2 points.*
+
+# %% nbgrader={"grade": true, "grade_id": "check-nf4-linear", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+check_nf4_linear(NF4Product, NF4Linear)
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("10_qlora", check_nf4_linear, NF4Product, NF4Linear)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# The second *measures*: the bytes that the layer keeps, those that forward leaves for backward, and the peak of both. *2 points.*
+
+# %% nbgrader={"grade": true, "grade_id": "check-nf4-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+check_nf4_memory(NF4Product, NF4Linear)
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("10_qlora", check_nf4_memory, NF4Product, NF4Linear)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ### What dequantizing again is worth
+#
+# Below are eight layers, one after the other, of random codes. Once they are yours; once their weight is dequantized in a plain product, which autograd keeps. A
+# small layer at the bottom is trained, so that the gradient has to pass through all of them.
+
+
+# %%
+class KeptByAutograd(NF4Linear):
+    """The same layer with a plain product in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.to(self.compute_dtype), self.dequantized()).to(x.dtype)
+
+
+def stack_of(kind: type[NF4Linear], width: int = 512) -> nn.Sequential:
+    """Return eight layers of random codes above a trained one."""
+    torch.manual_seed(0)
+    count = width * width
+    layers = [
+        kind(
+            torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8),
+            (0.1 * torch.rand(count // 64),),
+            torch.linspace(-1, 1, 16),
+            (width, width),
+            torch.float32,
+        )
+        for _ in range(8)
+    ]
+    return nn.Sequential(nn.Linear(16, width), *layers)
+
+
+# %%
+steps = {}
+for name, kind in {"kept by autograd": KeptByAutograd, "dequantized again": NF4Linear}.items():
+    stack = stack_of(kind)
+    steps[name] = measure_training_step(stack, lambda: stack(torch.ones(4, 16)).pow(2).mean())
+    step = steps[name]
+    print(
+        f"{name:<18} codes and statistics {step.parameters / MEBIBYTE:.1f} MiB, left by forward "
+        f"{step.activations / MEBIBYTE:.1f} MiB, peak {step.peak / MEBIBYTE:.1f} MiB"
+    )
+plots.show(
+    plots.memory_bars(steps, "A training step through eight 4-bit layers of 512 × 512, fp32"),
+    alt="Two bars: with a plain product the activations are many times the codes; dequantized again, they are almost nothing.",
+)
+
+# %% [markdown]
+# *What to see.* In the first bar the green part is eight unpacked weights, which wait for backward. In the second there is none, and the
+# peak is little more than the codes and one layer's unpacked weight.
+#
+# ## 3. LoRA on it, in a whole model  ·  3 points, about 25 minutes
+#
+# **The layer** *(1 point)*. `QLoRALinear` puts LoRA on an `NF4Linear`, as in unit 08: $A$ random (`kaiming_uniform_` with `a=math.sqrt(5)`), $B$ zero, scale
+# $\alpha / r$. New is the question of the dtype, twice:
+#
+# - The factors are **stored** in `dtype`, by default fp32. In bf16, a number keeps 8 significant bits: an update of a thousandth of its
+#   size is rounded away (unit 01).
+# - They **compute** in the dtype of `x`. So cast the factors to it, not `x` to theirs: $A$ and $B$ are small, and a copy of `x` in fp32 would be
+#   kept for backward, twice the bytes of `x` itself, in every layer.
+#
+# Create them on the device of `base.packed`; `base.shape` is `(out_features, in_features)`.
+#
+# <details><summary>Does a cast pass the gradient on?</summary>
+#
+# Yes: `lora_A.to(x.dtype)` is an operation like any other, and the gradient comes back in the dtype of `lora_A`.
+# </details>
+# <details><summary>The check says that an fp32 copy of x is kept</summary>
+#
+# `x @ self.lora_A.T` with different dtypes is an error; of the two ways out, cast the smaller tensor.
+# </details>
+
+
+# %% nbgrader={"grade": false, "grade_id": "qlora-layer", "locked": false, "schema_version": 3, "solution": true, "task": false}
+class QLoRALinear(nn.Module):
+    """y = base(x) + (alpha / rank) B A x, on a frozen base.
+
+    Attributes:
+        base: the quantized layer.
+        lora_A: parameter of shape (rank, in_features), random at the start, stored in `dtype`.
+        lora_B: parameter of shape (out_features, rank), zero at the start, stored in `dtype`.
+        scaling: alpha / rank.
+    """
+
+    def __init__(self, base: NF4Linear, rank: int, alpha: float, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        ### BEGIN SOLUTION
+        out_features, in_features = base.shape
+        device = base.packed.device
+        self.base = base
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scaling = alpha / rank
+        ### END SOLUTION
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Return the base's output plus the scaled update, computed in the dtype of x."""
+        ### BEGIN SOLUTION
+        update = x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T
+        return self.base(x) + self.scaling * update
+        ### END SOLUTION
+
+
+# %% nbgrader={"grade": true, "grade_id": "check-qlora-layer", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
+check_qlora_layer(QLoRALinear)
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("10_qlora", check_qlora_layer, QLoRALinear)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# **The model** *(2 points)*. Which layers? The linear ones of the decoder layers, all of them: they hold nearly all weights of a large model. What
+# stays as it is, and why:
+#
+# - **norms** are fewer than one in a thousand of the weights, and scale everything that passes;
+# - the **embedding** is a table that is read a row at a time, so it would not save any computing, and in many models the **head** is the very same
+#   tensor. The head's output decides between tens of thousands of words by small differences. Together they are a few percent of
+#   a large model.
+#
+# `qlora(model, quantize, rank, alpha, dtype)` freezes the model, then puts `QLoRALinear(quantize(linear), rank, alpha, dtype)` in the place of every
+# `nn.Linear` below `model.model.layers`, and returns the full names of what it replaced. `quantize` is given, a function from `nn.Linear` to
+# `NF4Linear`.
+#
+# One thing more. While you go through a large model, its 16-bit weights should vanish one by one, or both copies are in memory at the
+# end. A weight vanishes when nobody refers to it any more.
+#
+# <details><summary>The check says that weights stay in memory</summary>
+#
+# `list(model.named_modules())` refers to every module, and through it to its weight, until the loop is over. A list of *names* does not;
+# `model.get_submodule(name)` gets one when its turn has come.
+# </details>
+# <details><summary>How do I replace a module whose name has dots in it?</summary>
+#
+# `parent, _, own_name = name.rpartition(".")`, then `setattr(model.get_submodule(parent), own_name, new_layer)`.
+# </details>
+
+
+# %% nbgrader={"grade": false, "grade_id": "qlora", "locked": false, "schema_version": 3, "solution": true, "task": false}
+def qlora(
+    model: Llama,
+    quantize: Callable[[nn.Linear], NF4Linear],
+    rank: int = 8,
+    alpha: float = 16.0,
+    dtype: torch.dtype = torch.float32,
+) -> list[str]:
+    """Freeze the model, and put LoRA on a quantized base in the place of every linear layer of its decoder layers.
+
+    Args:
+        quantize: makes the quantized base of a linear layer.
+        rank, alpha, dtype: of the factors, as in `QLoRALinear`.
+
+    Returns:
+        The full names of the replaced layers.
+    """
+    ### BEGIN SOLUTION
+    model.requires_grad_(False)
+    below = "model.layers."
+    names = [name for name, module in model.named_modules() if name.startswith(below) and isinstance(module, nn.Linear)]
+    for name in names:
+        parent, _, own_name = name.rpartition(".")
+        base = quantize(model.get_submodule(name))
+        setattr(model.get_submodule(parent), own_name, QLoRALinear(base, rank, alpha, dtype))
+    return names
+    ### END SOLUTION
+
+
+# %% nbgrader={"grade": true, "grade_id": "check-qlora", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+check_qlora(qlora)
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("10_qlora", check_qlora, qlora)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ### How much is trained?
+#
+# The counting is done on paper: on the device "meta" a tensor has a shape and no numbers. `on_paper` stands in for a quantizer.
+
+
+# %%
+def on_paper(linear: nn.Linear, double: bool = True) -> NF4Linear:
+    """Return an `NF4Linear` of the right sizes, without numbers, on the device of the linear layer."""
+    count, device = linear.weight.numel(), linear.weight.device
+    blocks = count // 64
+    statistics = (
+        (
+            torch.empty(blocks, dtype=torch.uint8, device=device),
+            torch.empty(-(-blocks // 256), device=device),
+            torch.empty((), device=device),
+        )
+        if double
+        else (torch.empty(blocks, device=device),)
+    )
+    packed = torch.empty(count // 2, 1, dtype=torch.uint8, device=device)
+    return NF4Linear(packed, statistics, torch.empty(16, device=device), linear.weight.shape, linear.weight.dtype)
+
+
+# %%
+for name in ("SmolLM2-135M", "LLaMA-7B"):
+    with torch.device("meta"):
+        model = Llama(PRESETS[name])
+        whole = sum(parameter.numel() for parameter in model.parameters())
+        replaced = qlora(model, on_paper, rank=8)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    listed = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{name:<13} {len(replaced)} layers, {trained:,} trained, {trained / whole:.2%} of {whole:,}; "
+        f"model.parameters() lists {listed:,}"
+    )
+
+# %% [markdown]
+# The share is LoRA's, for the factors are the same: below one percent in a large model, more in a small one, whose matrices are small
+# (a factor grows with a matrix's width, the matrix with its square). And a trap: `model.parameters()` lists embedding, norms and factors, but
+# not the codes, which are buffers; a share computed from that is wrong, as the last column shows. (bitsandbytes keeps the packed bytes as a
+# parameter, which counts each *byte* as one weight, so that there the number is off as well.)
+#
+# ## 4. Measured: what is in memory
+#
+# Now a real model. First the weights of its 210 quantized layers, in five formats. `quantize` makes your layers from what bitsandbytes has
+# quantized. On a GPU products are computed in bf16; on a CPU in fp32, as most CPUs are slow in 16 bits.
+
+# %% tags=["experiment"]
+from peftlab import comparison, settings, tasks
+from peftlab.pretrained import load_smollm2
+from peftlab.training import find_device
+
+device = find_device()
+COMPUTE = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def quantize(linear: nn.Linear, double: bool = True) -> NF4Linear:
+    """Return the layer in NF4, quantized by bitsandbytes."""
+    return NF4Linear(*bitsandbytes_nf4(linear.weight, double), linear.weight.shape, COMPUTE)
+
+
+# %% tags=["experiment"]
+from bitsandbytes.functional import quantize_blockwise
+
+original, tokenizer = load_smollm2()
+linears = [module for name, module in original.named_modules() if name.endswith("_proj")]
+linears = linears[: settings.examples(len(linears))]
+stored = dict.fromkeys(("fp32", "bf16", "8 bits", "NF4", "NF4, double"), 0)
+for linear in linears:
+    weight = linear.weight.detach()
+    codes, state = quantize_blockwise(weight, blocksize=64)
+    stored["fp32"] += tensor_bytes([weight])
+    stored["bf16"] += tensor_bytes([weight.bfloat16()])
+    stored["8 bits"] += tensor_bytes([codes, state.absmax])
+    for name, double in (("NF4", False), ("NF4, double", True)):
+        packed, statistics, _ = bitsandbytes_nf4(weight, double)
+        stored[name] += tensor_bytes([packed, *statistics])
+
+# %% tags=["experiment"]
+count = sum(linear.weight.numel() for linear in linears)
+for name, size in stored.items():
+    print(f"{name:<12}{size / MEBIBYTE:8.1f} MiB, {size / count:.4f} bytes a parameter, {size / stored['bf16']:6.1%} of bf16")
+print(f"you said {my_bytes_per_parameter}")
+figure, axes = plt.subplots(figsize=(7, 2.6))
+axes.barh(list(stored), [size / MEBIBYTE for size in stored.values()], color=plots.COLOURS["parameters"])
+axes.invert_yaxis()
+axes.set(title=f"SmolLM2-135M: the weights of {len(linears)} linear layers", xlabel="MiB")
+plots.show(
+    figure,
+    alt="Five bars, each about half of the one above it, from fp32 down to NF4; double quantization shortens it a little.",
+)
+
+# %% [markdown]
+# *What to see.* An absmax for every 64 weights is visible even beside 8-bit codes; double quantization takes most of it away.
+#
+# Now a whole training step, by category. `qlora` can make plain LoRA as well: give it a "quantizer" that does not quantize.
+
+
+# %% tags=["experiment"]
+class Unquantized(nn.Module):
+    """A frozen linear layer that looks like a quantized one: with it, `qlora` is LoRA."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.packed, self.shape = linear.weight, tuple(linear.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.packed)
+
+
+def prepared(method: str) -> Llama:
+    """Return SmolLM2 on the device, ready to be trained with a method."""
+    model, _ = load_smollm2()
+    model.to(device, COMPUTE)
+    if method != "full":
+        qlora(model, quantize if method.startswith("QLoRA") else Unquantized)
+    set_gradient_checkpointing(model.train(), "checkpointing" in method)
+    return model
+
+
+# %% tags=["experiment"]
+reviews = tasks.movie_reviews(tokenizer)
+batch = list(reviews.train.select(range(settings.rows(16))))
+input_ids, labels = (tensor.to(device) for tensor in tasks.collate(batch))
+measured: dict[str, StepMemory] = {}
+for method in ("full", "LoRA", "QLoRA", "QLoRA, checkpointing"):
+    model = prepared(method)
+    measured[method] = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
+
+# %% tags=["experiment"]
+print(step_table(measured))
+title = f"One training step of SmolLM2-135M, {input_ids.shape[0]} × {input_ids.shape[1]} tokens, computed in {str(COMPUTE)[6:]}"
+plots.show(
+    plots.memory_bars(measured, title),
+    alt="Four stacked bars: LoRA drops gradients and optimizer state, QLoRA shrinks the weights, checkpointing the activations.",
+)
+
+# %% [markdown]
+# *What to see.* Each method takes away one colour. LoRA: gradients and optimizer state. QLoRA: most of the weights; what is left of the blue is
+# mostly the embedding, which is a fifth of this small model. Checkpointing: most of the green. It keeps each decoder layer's input alone, and computes
+# the layer again in backward; your layers are then dequantized three times in a step. The embedding is frozen, and with
+# the kind of checkpoint that our LLaMA uses, that does no harm (unit 03 has the kind where it does).
+#
+# ## 5. An optimizer in eight bits  ·  3 points, about 30 minutes
+#
+# Adam keeps two numbers for each trained one: 8 bytes in fp32. Dettmers et al. (2022) store both in eight bits, in blocks of 256 with an
+# absmax each, and update them like this:
+#
+# 1. read both moments back to fp32;
+# 2. take Adam's step with them, as if nothing had happened;
+# 3. quantize the *new* moments, and forget the fp32 ones.
+#
+# The codes are those of unit 09's dynamic data type. The first moment has a sign, so it takes the signed type, `dynamic_code(True)`; the second is never negative and takes
+# the unsigned one, `dynamic_code(False)`, which has a bit more for its digits. `nearest_code(x, signed)` finds codes for numbers between -1 and 1.
+# That errors do not add up is due to these types: most of their values are small, and small numbers keep about as many digits as large ones. Even so, tensors of fewer than
+# 4,096 values stay in fp32, as in bitsandbytes: there is little to save.
+#
+# With gradient $g$, both moments zero at the start, and $t = 1$ in the first step, the step of AdamW is
+#
+# $$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2 \qquad
+# \theta \leftarrow (1 - \eta \lambda)\, \theta - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} $$
+#
+# with learning rate $\eta$ and weight decay $\lambda$. Compute in fp32 whatever the parameter's dtype. Keep, in `self.state[parameter]`, the moments as `exp_avg` and
+# `exp_avg_sq`, their absmax as `exp_avg_absmax` and `exp_avg_sq_absmax` (not for small tensors), and the number of steps as `step`.
+#
+# <details><summary>How is an optimizer built?</summary>
+#
+# `self.param_groups` is a list of dicts, each with its `"params"` and its own `"lr"`, `"betas"`, `"eps"` and `"weight_decay"`. `self.state[parameter]` is a dict that
+# starts empty. Skip parameters whose `grad` is None. `parameter.copy_(...)` changes it in place; `step` runs under `torch.no_grad()`.
+# </details>
+# <details><summary>The last block has fewer than 256 values</summary>
+#
+# Pad the flat tensor with zeros to a multiple of 256, view it as blocks, and cut the codes off again at the end; or `split(256)` and a loop.
+# </details>
+# <details><summary>A block of zeros gives NaN</summary>
+#
+# 0 / 0 is. `nearest_code` takes it, and whatever the code, it is multiplied by an absmax of 0 when it is read back.
+# </details>
+
+
+# %% nbgrader={"grade": false, "grade_id": "adamw-8bit", "locked": false, "schema_version": 3, "solution": true, "task": false}
+def to_8bit(x: Float[Tensor, "..."], signed: bool) -> tuple[UInt8[Tensor, "..."], Float[Tensor, "blocks"]]:
+    """Return dynamic codes in the shape of x, and in fp32 the absmax of every 256 values, or what is left of them."""
+    ### BEGIN SOLUTION
+    blocks = nn.functional.pad(x.float().flatten(), (0, -x.numel() % 256)).view(-1, 256)
+    absmax = blocks.abs().amax(dim=1)
+    codes = nearest_code(blocks * (1 / absmax)[:, None], signed)
+    return codes.flatten()[: x.numel()].clone().view(x.shape), absmax
+    ### END SOLUTION
+
+
+def from_8bit(codes: UInt8[Tensor, "..."], absmax: Float[Tensor, "blocks"], signed: bool) -> Float[Tensor, "..."]:
+    """Return the numbers that the codes stand for, in fp32, in the shape of the codes."""
+    ### BEGIN SOLUTION
+    scale = absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
+    return dynamic_code(signed, codes.device)[codes.int()] * scale
+    ### END SOLUTION
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose moments are stored in eight bits (Dettmers et al. 2022)."""
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        """Update every parameter that has a gradient, and its moments. (A closure is not used.)"""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, group)
+
+    def update(self, parameter: nn.Parameter, group: dict) -> None:
+        """Take one step for one parameter, with the settings of its group."""
+        ### BEGIN SOLUTION
+        state, gradient = self.state[parameter], parameter.grad.float()
+        small = parameter.numel() < 4096
+        first = self._moment(state, "exp_avg", gradient, small)
+        second = self._moment(state, "exp_avg_sq", gradient, small)
+        state["step"] = step = state.get("step", 0) + 1
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        first.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = second.sqrt() / math.sqrt(1 - beta2**step) + group["eps"]
+        decayed = parameter.float() * (1 - lr * group["weight_decay"])
+        parameter.copy_(decayed.addcdiv_(first, denominator, value=-lr / (1 - beta1**step)))
+        for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+            if small:
+                state[name] = moment
+            else:
+                state[name], state[f"{name}_absmax"] = to_8bit(moment, name == "exp_avg")
+
+    @staticmethod
+    def _moment(state: dict, name: str, gradient: Tensor, small: bool) -> Tensor:
+        """Return a moment in fp32, zeros before the first step."""
+        if name not in state:
+            return torch.zeros_like(gradient)
+        return state[name] if small else from_8bit(state[name], state[f"{name}_absmax"], name == "exp_avg")
+        ### END SOLUTION
+
+
+# %% nbgrader={"grade": true, "grade_id": "check-adamw-8bit", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
+check_adamw_8bit(to_8bit, from_8bit, AdamW8bit)
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("10_qlora", check_adamw_8bit, to_8bit, from_8bit, AdamW8bit)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# Does it train as well as AdamW? Here is a tiny LLaMA, trained in full, once with each, on the same random sentences, to learn them by heart.
+
+
+# %%
+def learn_by_heart(optimizer_class: type[torch.optim.Optimizer]) -> tuple[list[float], float]:
+    """Return the losses, and the bytes of optimizer state a parameter."""
+    torch.manual_seed(0)
+    model = Llama(PRESETS["tiny"])
+    sentences = torch.randint(0, 256, (8, 24))
+    optimizer = optimizer_class(model.parameters(), lr=3e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = causal_loss(model, sentences, sentences)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    held = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return losses, tensor_bytes(held) / sum(parameter.numel() for parameter in model.parameters())
+
+
+# %%
+curves = {}
+for name, optimizer_class in {"AdamW": torch.optim.AdamW, "AdamW8bit": AdamW8bit}.items():
+    curves[name], bytes_each = learn_by_heart(optimizer_class)
+    print(f"{name:<10} last loss {curves[name][-1]:.4f}, {bytes_each:.3f} bytes of state a parameter")
+plots.show(
+    plots.loss_curves(curves, "A tiny LLaMA learns eight sentences, with moments in 32 and in 8 bits"),
+    alt="Two loss curves, one on top of the other, that fall from above five towards zero.",
+)
+
+# %% [markdown]
+# *What to see.* The two curves can hardly be told apart, and the state takes a quarter. With LoRA, though, the state is small to begin with: the
+# 8-bit optimizer is for those who train many parameters.
+#
+# Two traps that bitsandbytes has had to step around. PyTorch's `load_state_dict` casts an optimizer's state to the parameter's dtype, so
+# that codes come back as floating-point numbers; bitsandbytes has a loader of its own, and a long training run with yours would need one. And embeddings trained in full are
+# less stable in 8 bits (Dettmers et al. 2022, section 2.3); bitsandbytes lets you keep their moments in 32.
+#
+# **Paging.** On an NVIDIA GPU bitsandbytes can also put the state into *unified memory*: pages that the driver moves between GPU and main memory, as an
+# operating system swaps pages to disk. Nothing is slower while there is room; when a long sequence fills the GPU for a moment, pages of the
+# optimizer's state make way, and come back for the next `step()`. In the paper that is what keeps 65B within 48 GB without an
+# out-of-memory error at the longest batches. The class is `PagedAdamW8bit`; on a CPU there is nothing to page, and it falls back to ordinary tensors. Section 9 uses it if there is a GPU.
+#
+# ## 6. On a real model
+#
+# Quantizing changes the model before anything is learned. How much?
+
+# %% tags=["experiment"]
+general = tasks.general_text(tokenizer)
+model, _ = load_smollm2()
+model.to(device)
+print(
+    f"as it was:   reviews right {reviews.evaluate(model):.1%}, loss on newspaper sentences {tasks.mean_loss(model, general):.3f}"
+)
+qlora(model, quantize)
+print(
+    f"in four bits: reviews right {reviews.evaluate(model):.1%}, loss on newspaper sentences {tasks.mean_loss(model, general):.3f}"
+)
+
+# %% [markdown]
+# LoRA started from the model as it was; QLoRA starts from here, and has something to make up for. Fine-tune it, with the learning rate that
+# the shipped comparison chose. About two minutes on two CPU cores, seconds on a GPU.
+
+# %% tags=["experiment"]
+from safetensors.torch import save_file
+
+from peftlab.experiment import fine_tune
+from peftlab.training import trainable
+
+known = comparison.rows("qlora", "movie_reviews")
+learning_rate = comparison.chosen_rate(known) if known else 3e-4
+torch.manual_seed(0)
+model, tokenizer = load_smollm2()
+model.to(device, COMPUTE)
+total = sum(parameter.numel() for parameter in model.parameters())  # before the weights become bytes
+qlora(model, quantize, rank=8, alpha=16.0)
+row = fine_tune(
+    model, tokenizer, reviews, unit=UNIT, method="qlora",
+    save=lambda path: save_file({name: tensor.detach().contiguous() for name, tensor in trainable(model).items()}, path),
+    steps=40, learning_rate=learning_rate, rank=8, alpha=16.0, total_parameters=total,
+)  # fmt: skip
+
+# %% tags=["experiment"]
+print(
+    f"learning rate {learning_rate:g}: {row.score_before:.1%} -> {row.score_after:.1%} of {len(reviews.test)} reviews, "
+    f"{row.trainable_parameters:,} trained, {row.adapter_bytes / 1e6:.1f} MB file,\n"
+    f"{row.seconds_per_step:.2f} s a step, forgetting {row.forgetting:+.2f}, peak {row.memory.peak / MEBIBYTE:,.0f} MiB"
+)
+lora_rows = comparison.rows("lora", "movie_reviews")
+curves = {"QLoRA, here": row.losses}
+if lora_rows:
+    curves["LoRA, shipped"] = comparison.summary(lora_rows).row.losses
+plots.show(
+    plots.loss_curves(curves, "Training loss on movie_reviews"),
+    alt="Loss curves of QLoRA and of LoRA, which fall alike although one of them computes with weights of four bits.",
+)
+
+# %% [markdown]
+# And here are the rows that come with the course: both tasks, three seeds at the learning rate that was chosen for each method.
+
+# %%
+from peftlab import comparison
+
+COMPARED = {"QLoRA, rank 8": ("qlora", ""), "LoRA, rank 8": ("lora", ""), "full": ("full", "")}
+shipped = comparison.select(COMPARED)
+for task in comparison.TASKS:
+    rows_by_name = comparison.on_task(shipped, task)
+    if rows_by_name:
+        plots.show(
+            plots.learning_rate_sweep(rows_by_name, f"The learning rate, on {task}"),
+            alt=f"Loss and score on {task} against the learning rate: QLoRA's curve runs along LoRA's, full fine-tuning's lies lower.",
+        )
+
+# %%
+print(comparison.sweep_table({key: rows for key, rows in shipped.items() if rows[0].method == "qlora"}))
+print(comparison.score_table(shipped))
+print(comparison.memory_table(shipped))
+
+# %%
+for task in comparison.TASKS:
+    if {(task, "QLoRA, rank 8"), (task, "LoRA, rank 8")} <= shipped.keys():
+        ours, lora = (comparison.summary(shipped[task, name]) for name in ("QLoRA, rank 8", "LoRA, rank 8"))
+        print(
+            f"{task}: QLoRA's mean score less LoRA's {100 * (ours.score - lora.score):+.1f} points; "
+            f"their spreads over seeds are {100 * ours.spread:.1f} and {100 * lora.spread:.1f}"
+        )
+
+# %% [markdown]
+# *What to see.* Hold the difference of the means against the spreads beside it. Dettmers et al. find no loss against 16 bits (section 4). (If your copy of
+# SmolLM2 is the one that pip installs, it has been quantized once before; see unit 09.)
+#
+# ### Slower or faster?
+#
+# QLoRA reads fewer bytes, and it has more to do. To see how much more, time a step with both: on a batch of few tokens and on one of many.
+
+# %% tags=["experiment"]
+import time
+
+
+def seconds_a_step(model: nn.Module, rows: int) -> float:
+    """Return the fastest of some steps of forward and backward on the first rows of the batch."""
+    fastest = math.inf
+    for _ in range(settings.steps(3)):
+        started = time.perf_counter()
+        causal_loss(model, input_ids[:rows], labels[:rows]).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        fastest = min(fastest, time.perf_counter() - started)
+        model.zero_grad()
+    return fastest
+
+
+# %% tags=["experiment"]
+timed = {method: prepared(method) for method in ("LoRA", "QLoRA")}
+for rows in sorted({1, settings.rows(4), len(input_ids)}):
+    seconds = {method: seconds_a_step(model, rows) for method, model in timed.items()}
+    more = seconds["QLoRA"] - seconds["LoRA"]
+    print(
+        f"{rows:>3} × {input_ids.shape[1]} tokens: LoRA {seconds['LoRA']:.2f} s, QLoRA {seconds['QLoRA']:.2f} s, "
+        f"{seconds['QLoRA'] / seconds['LoRA']:.2f} times as long, {more:+.2f} s"
+    )
+print(f"you said {my_seconds}")
+
+# %% [markdown]
+# *What to see.* The ratio falls as the batch grows; the seconds that are added change little. Dequantizing costs the same for one token as for a
+# thousand: every weight is made twice in a step, then used once for every token. That is the answer to a question asked again and
+# again (open-instruct issue 109, qlora issue 249): QLoRA trades time for memory, and pays least when the memory that it frees is spent on a
+# larger batch.
+#
+# ## 7. Merging, or not  ·  1 point, about 10 minutes
+#
+# After training one would like a plain model again. `merged_weight` returns $\hat W + \frac{\alpha}{r} B A$ of a layer: computed in fp32, rounded once to the dtype that is asked
+# for. The layer stays as it is. Note the hat. The factors were trained beside $\hat W$, not beside the original $W$, and made up for
+# some of the difference: merged into $W$, they would correct an error that is not there.
+
+
+# %% nbgrader={"grade": false, "grade_id": "merged-weight", "locked": false, "schema_version": 3, "solution": true, "task": false}
+def merged_weight(layer: QLoRALinear, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+    """Return the dequantized weight plus the scaled update, without a gradient; the layer is not changed."""
+    ### BEGIN SOLUTION
+    with torch.no_grad():
+        update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
+        return (layer.base.dequantized() + update).to(dtype)
+    ### END SOLUTION
+
+
+# %% nbgrader={"grade": true, "grade_id": "check-merged-weight", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
+check_merged_weight(merged_weight)
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("10_qlora", check_merged_weight, merged_weight)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# Into how many bits? The model trained in section 6 is at hand. Merge it into 32 bits, into 16, and back into four, and compare what each gives with what the
+# adapter gives, on the newspaper sentences and on the reviews. Predict the order, and where the gap will be.
+
+# %%
+my_order = ["...", "...", "..."]  # from the least change to the most
+
+# %% tags=["experiment"]
+few = reviews.test.select(range(settings.examples(240)))
+layers = {name: module for name, module in model.named_modules() if isinstance(module, QLoRALinear)}
+
+
+def back_to_four_bits(weight: Tensor) -> Tensor:
+    """Return what is left of a weight that was quantized to NF4 again."""
+    layer = NF4Linear(*bitsandbytes_nf4(weight), weight.shape, torch.float32)
+    return layer.dequantized()
+
+
+MERGES = {
+    "fp32": lambda weight: weight,
+    "bf16": lambda weight: weight.bfloat16().float(),
+    "NF4, again": back_to_four_bits,
+}
+
+# %% tags=["experiment"]
+print(f"{'adapter':<12} reviews right {reviews.score(model, few):.1%}, newspaper loss {tasks.mean_loss(model, general):.4f}")
+for name, rounded in MERGES.items():
+    plain, _ = load_smollm2()
+    off = size = lost = 0.0
+    for layer_name, layer in layers.items():
+        merged = merged_weight(layer)
+        used, update = rounded(merged), merged - layer.base.dequantized().float()
+        plain.get_submodule(layer_name).weight = nn.Parameter(used, requires_grad=False)
+        off, size = off + (used - merged).pow(2).sum().item(), size + update.pow(2).sum().item()
+    plain.to(device)
+    print(
+        f"{name:<12} reviews right {reviews.score(plain, few):.1%}, newspaper loss {tasks.mean_loss(plain, general):.4f}; "
+        f"rounding is {(off / size) ** 0.5 if size else 0.0:.3f} times the update"
+    )
+
+# %% [markdown]
+# *What to see.* The last column. To round to NF4 moves a weight by much more than training did, so that what was learned drowns in it; in bf16 the
+# rounding is small beside the update. peft warns of just this when it merges into a 4-bit layer (issue 2321). So either serve the 4-bit base
+# *with* the adapter beside it, two thin products more in each layer, or merge into 16 bits and serve a 16-bit model.
+#
+# ## 8. Seven and sixty-five billion, on paper
+#
+# The paper's introduction says: full fine-tuning of the 65B model takes more than 780 GB, QLoRA less than 48. Section 2 of it has numbers for 7B, batch size 1: the 4-bit
+# base 5,048 MB, LoRA's weights 26 MB, "input gradients" 567 MB, and with gradient checkpointing 18 MB a sequence. Can *your* layers reproduce these? With
+# fake tensors (unit 01) your own code runs, operation by operation, at full size, and nothing is allocated.
+
+# %% tags=["experiment"]
+from peftlab.recipes import RECIPES
+from peftlab.simulate import simulate_training_step
+
+GB, MB = 1e9, 1e6
+
+
+def simulated(name: str, rank: int = 16, double: bool = True, **settings: object) -> StepMemory:
+    """Return the bytes of a step of QLoRA, with your layers; the factors, like the rest, in bf16."""
+
+    def prepare(model: Llama) -> None:
+        qlora(model, lambda linear: on_paper(linear, double), rank, dtype=torch.bfloat16)
+
+    return simulate_training_step(PRESETS[name], prepare, **settings)
+
+
+# %% tags=["experiment"]
+tokens = round(18 * MB / (2 * 4096 * 32))
+print(f"18 MB are the inputs of 32 layers, 4,096 numbers of 2 bytes for each token, for {tokens} tokens")
+config = PRESETS["LLaMA-7B"]
+embeddings = 2 * config.vocab_size * config.hidden_size  # embedding and head
+for kind, double in (("with", True), ("without", False)):
+    step = simulated("LLaMA-7B", double=double, sequence_length=tokens)
+    base = step.parameters - step.gradients  # less the factors, which are as large as their gradients
+    print(
+        f"4-bit base {kind:<8}double quantization: {base / MB:,.0f} MB with embedding and head in bf16, "
+        f"{(base + 2 * embeddings) / MB:,.0f} MB in fp32 (paper 5,048)"
+    )
+
+# %% tags=["experiment"]
+print(f"0.2% of the weights in bf16: {2 * 0.002 * 6_738_415_616 / MB:.0f} MB (paper 26)")
+each_rank = step.gradients // (2 * 16)  # bf16, and rank 16
+for rank in (8, 16, 64):
+    print(f"LoRA of rank {rank:>2} on all linear layers, in bf16: {2 * rank * each_rank / MB:.0f} MB")
+for length in (tokens, 512):
+    kept, again = (
+        simulated("LLaMA-7B", sequence_length=length, checkpointing=checkpointing).activations
+        for checkpointing in (False, True)
+    )
+    logits = 4 * length * config.vocab_size
+    print(
+        f"activations for {length:>3} tokens: {kept / MB:,.0f} MB (paper 567), with checkpointing {again / MB:.0f} MB (paper 18), "
+        f"of which {logits / MB:.0f} MB are the logits in fp32"
+    )
+
+# %% [markdown]
+# *What to see*, line by line.
+#
+# - **18 MB.** With checkpointing what remains is each layer's input. The paper's 18 MB fit an average sequence of the length in the first line. For that length your
+#   measurement gives as much, and the logits, for which the loss has to wait, on top.
+# - **567 MB.** For the same length we find less. The code of 2023 computed attention with its $s \times s$ matrices and softmax in fp32, kept fp32 copies in norms and in LoRA's
+#   path (dropout, and inputs cast to the factors' dtype, section 3), where ours has one operation for attention and casts the factors.
+#   What the paper calls input gradients are these tensors, which forward keeps so that gradients can be computed.
+# - **26 MB** is a nominal share, 0.2% of the weights; the ranks that were used with all linear layers take more.
+# - **5,048 MB** is more than any of our four. Codes and statistics leave little room: the difference must lie in what is *not* quantized, or in what the
+#   measurement counted besides weights. The paper does not say, so we leave it open.
+
+# %% tags=["experiment"]
+full = RECIPES["bf16, fp32 moments"].measure(PRESETS["LLaMA-65B"], checkpointing=True)
+stays = full.parameters + full.gradients + full.optimizer_state
+print(f"65B in full: {stays / GB:,.0f} GB for weights, gradients and moments (paper: more than 780)")
+for checkpointing in (False, True):
+    step = simulated("LLaMA-65B", 64, sequence_length=512, checkpointing=checkpointing)
+    print(
+        f"65B with QLoRA, rank 64, 512 tokens, checkpointing {checkpointing!s:<5}: weights {step.parameters / GB:.1f} GB, gradients "
+        f"{step.gradients / GB:.1f}, optimizer {step.optimizer_state / GB:.1f}, activations {step.activations / GB:.1f}, peak {step.peak / GB:.1f}"
+    )
+
+# %% [markdown]
+# *What to see.* 780 GB are 12 bytes a parameter: weights and gradients in 16 bits, Adam's moments in 32. QLoRA's peak is below 48 GB *with* checkpointing, and above without:
+# the claim needs both. So does the choice of optimizer: the moments here are in bf16 like the factors; in fp32 they would take twice as much, and that is where
+# paging and eight bits come in.
+
+# %% [markdown]
+# ## 9. The same thing in peft and bitsandbytes
+#
+# Is it *QLoRA*, or something like it? Below, a small LLaMA exists twice with the same weights: as `transformers` model with bitsandbytes' `Linear4bit` and
+# peft's LoRA, and as our `Llama` with your layers. `Linear4bit` quantizes when it is moved to a device. The first loop is a work-around: where a CPU has
+# AVX512-BF16, bitsandbytes 0.50.2 repacks a weight at its first forward pass in `eval` mode, for good; training afterwards silently drops the
+# gradient through the base, and dequantizing and merging return garbage. One line a layer prevents it.
+
+# %% tags=["experiment"]
+import warnings
+from dataclasses import asdict
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import bitsandbytes
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig as HubConfig
+from transformers import LlamaForCausalLM
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+# %% tags=["experiment"]
+def four_bits(linear: nn.Linear) -> nn.Module:
+    """Return bitsandbytes' 4-bit layer with the weight of a linear layer."""
+    layer = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=COMPUTE, quant_type="nf4", compress_statistics=True
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        linear.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+    )
+    layer.support_avx512bf16_for_cpu = False  # the work-around: before the first forward pass
+    return layer.to(device)
+
+
+# %% tags=["experiment"]
+def library_model(ours: Llama) -> nn.Module:
+    """Return peft's LoRA on bitsandbytes' layers, on transformers' model with the weights of ours."""
+    theirs = LlamaForCausalLM(HubConfig(**asdict(ours.config), use_cache=False))
+    theirs.load_state_dict(ours.state_dict())
+    theirs.tie_weights()
+    for name, linear in list(theirs.named_modules()):
+        parent, _, own_name = name.rpartition(".")
+        if own_name in ALL_LINEAR:
+            setattr(theirs.get_submodule(parent), own_name, four_bits(linear))
+    theirs.is_loaded_in_4bit = True  # by which peft knows
+    with warnings.catch_warnings():  # for a model in 4 bits peft asks transformers for something under an old name
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = get_peft_model(theirs, LoraConfig(r=8, lora_alpha=16, target_modules=ALL_LINEAR))
+    return theirs.to(device)
+
+
+# %% tags=["experiment"]
+def same_factors(ours: Llama, theirs: nn.Module) -> None:
+    """Copy peft's factors into ours."""
+    factors = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): tensor
+        for name, tensor in theirs.state_dict().items()
+        if "lora_" in name
+    }
+    with torch.no_grad():
+        for name, parameter in trainable(ours).items():
+            parameter.copy_(factors[name])
+
+
+# %% tags=["experiment"]
+torch.manual_seed(0)
+ours = Llama(PRESETS["tiny"])
+theirs = library_model(ours)
+qlora(ours.to(device), quantize)
+same_factors(ours, theirs)
+pair = (ours.model.layers[0].mlp.up_proj.base, theirs.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer"))
+read_back = bitsandbytes.functional.dequantize_4bit(pair[1].weight.data, pair[1].weight.quant_state).to(COMPUTE)
+print("dequantized weights equal in every bit:", torch.equal(pair[0].dequantized(), read_back))
+
+
+# %% tags=["experiment"]
+def twenty_steps(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Take 20 AdamW steps on fixed random tokens; return the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    tokens = torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1)).to(device)
+    losses = []
+    for tokens_of_step in tokens:
+        optimizer.zero_grad()
+        losses.append(loss(tokens_of_step))
+        losses[-1].backward()
+        optimizer.step()
+    return torch.stack(losses).detach()
+
+
+our_losses = twenty_steps(ours, lambda ids: causal_loss(ours, ids, ids))
+their_losses = twenty_steps(theirs, lambda ids: theirs(input_ids=ids, labels=ids).loss)
+
+# %% tags=["experiment"]
+apart = ((our_losses - their_losses).abs() / their_losses).max().item()
+print(f"first losses {our_losses[0]:.6f} and {their_losses[0]:.6f}, last {our_losses[-1]:.6f} and {their_losses[-1]:.6f}")
+print(f"largest relative difference of any loss: {apart:.1e}")
+allowed = 2e-2 if device.type == "cuda" else 1e-5  # rounding only; in bf16 it is coarse, and 20 steps add it up
+assert apart <= allowed, "your QLoRA and the library's have parted ways: run the checks above again"
+
+# %% [markdown]
+# Now the bytes: a step of SmolLM2 with each, on the same batch, with logits only where there is a label. On a GPU the optimizer is bitsandbytes'
+# `PagedAdamW8bit`, on a CPU its `AdamW8bit`. bitsandbytes keeps its statistics outside of parameters and buffers, so they are counted apart and added.
+
+# %% tags=["experiment"]
+library_optimizer = bitsandbytes.optim.PagedAdamW8bit if device.type == "cuda" else bitsandbytes.optim.AdamW8bit
+ours, _ = load_smollm2()
+theirs = library_model(ours).to(COMPUTE).train()
+qlora(ours.to(device, COMPUTE), quantize)
+same_factors(ours.train(), theirs)
+
+
+def library_loss() -> Tensor:
+    """Return the loss of the labels, with transformers' decoder."""
+    inner = theirs.base_model.model
+    hidden = inner.model(input_ids).last_hidden_state[:, :-1]
+    counted = labels[:, 1:] != -100
+    return nn.functional.cross_entropy(inner.lm_head(hidden[counted]).float(), labels[:, 1:][counted])
+
+
+# %% tags=["experiment"]
+from dataclasses import replace
+
+states = [module.weight.quant_state for module in theirs.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+statistics = tensor_bytes([part for state in states for part in (state.absmax, state.state2.absmax, state.offset, state.code)])
+side_by_side = {}
+for optimizer_name, optimizer_class in (("AdamW", torch.optim.AdamW), (library_optimizer.__name__, library_optimizer)):
+    side_by_side[f"yours, {optimizer_name}"] = measure_training_step(
+        ours, lambda: causal_loss(ours, input_ids, labels), optimizer_class
+    )
+    step = measure_training_step(theirs, library_loss, optimizer_class)
+    side_by_side[f"peft, {optimizer_name}"] = replace(
+        step, parameters=step.parameters + statistics, peak=step.peak + statistics
+    )
+for name, step in side_by_side.items():
+    print(
+        f"{name:<22} weights {step.parameters / MEBIBYTE:6.1f}, optimizer {step.optimizer_state / MEBIBYTE:5.1f}, "
+        f"activations {step.activations / MEBIBYTE:7.1f}, peak {step.peak / MEBIBYTE:7.1f} MiB"
+    )
+if device.type == "cpu" and not settings.short():  # with a few tokens, one index more or less decides
+    assert side_by_side["yours, AdamW"].peak <= side_by_side["peft, AdamW"].peak
+
+# %% tags=["experiment"]
+plots.show(
+    plots.memory_bars(side_by_side, f"QLoRA on SmolLM2-135M, {input_ids.shape[0]} × {input_ids.shape[1]} tokens"),
+    alt="Four stacked bars, nearly equal in pairs: blue weights, green activations, and an optimizer state that 8 bits shrink.",
+)
+
+# %% [markdown]
+# *What to see.* The same weights, the same optimizer state, and no more activations. What the two need for a moment differs: yours an index of four bytes for two
+# weights while a layer is dequantized, peft's a clone of every layer's output, a precaution.
+#
+# And your optimizer beside bitsandbytes': the same parameters, the same gradients, on this machine's CPU.
+
+# %% tags=["experiment"]
+torch.manual_seed(0)
+start, gradients = torch.randn(80, 96), torch.randn(30, 80, 96)
+held = {}
+for name, optimizer_class in (
+    ("yours", AdamW8bit),
+    ("bitsandbytes", bitsandbytes.optim.AdamW8bit),
+    ("fp32", torch.optim.AdamW),
+):
+    parameter = nn.Parameter(start.clone())
+    optimizer = optimizer_class([parameter], lr=1e-2, weight_decay=0.01)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    held[name] = parameter.detach()
+moved = (held["fp32"] - start).pow(2).mean().sqrt()
+for name in ("bitsandbytes", "fp32"):
+    print(
+        f"yours and {name}: apart by {(held['yours'] - held[name]).pow(2).mean().sqrt() / moved:.1e} of the way that was gone"
+    )
+
+# %% [markdown]
+# *What to see.* Yours and bitsandbytes' go the same way, to the last bits; both end a little way from AdamW in fp32, which is the price.
+#
+# ### A larger model
+#
+# On a GPU your layers take a larger LLaMA from the Hub, if you name one: one with plain rotary embeddings, such as `HuggingFaceTB/SmolLM2-1.7B` or
+# `meta-llama/Llama-2-7b-hf`. Set `LARGER` below, or the environment variable `PEFTLAB_MODEL`. The weights are read in bf16 into main memory, and quantized on the way to the GPU.
+
+# %% tags=["experiment"]
+import os
+
+from peftlab.llama import LlamaConfig
+
+LARGER = os.environ.get("PEFTLAB_MODEL", "")
+
+
+# %% tags=["experiment"]
+def load_llama(name: str) -> Llama:
+    """Return a LLaMA from the Hub, or from a folder, in bf16.
+
+    Raises:
+        ValueError: if its rotary embedding is scaled, or its head's size is its own, which our LLaMA does not have.
+    """
+    theirs = LlamaForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    config = theirs.config
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
+    if rope.get("rope_type", "default") != "default" or config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise ValueError(f"{name} has a rotary embedding, or heads, that our LLaMA does not have")
+    own = {name: getattr(config, name) for name in LlamaConfig.__dataclass_fields__ if name != "rope_theta"}
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(**own, rope_theta=rope["rope_theta"]))
+    model.load_state_dict(theirs.state_dict(), assign=True)
+    model.tie_weights()
+    return model
+
+
+# %% tags=["experiment"]
+if LARGER:
+    larger = load_llama(LARGER)
+    compute = torch.bfloat16
+    qlora(larger, lambda linear: NF4Linear(*bitsandbytes_nf4(linear.weight.to(device)), linear.weight.shape, compute))
+    larger.to(device)
+    set_gradient_checkpointing(larger.train(), True)
+    ids = torch.randint(0, larger.config.vocab_size, (1, settings.examples(512)), device=device)
+    step = measure_training_step(larger, lambda: causal_loss(larger, ids, ids), library_optimizer)
+    print(
+        f"{LARGER}: weights {step.parameters / GB:.2f} GB, activations {step.activations / GB:.2f}, peak {step.peak / GB:.2f} GB"
+    )
+else:
+    print("No larger model was named.")
+
+# %% [markdown]
+# ## 10. Bug hunt  ·  1 point, about 15 minutes
+#
+# *After bitsandbytes issue 1569, peft issues 816 and 1149, and TRL pull request 4457.* "When I prepare my quantized model for training, the memory consumption is even higher than in bf16",
+# somebody writes, and others confirm it. peft's function for this freezes the model and casts whatever is in 16 bits to fp32, "for
+# stability". In short:
+
+
+# %%
+def prepare_with_a_bug(model: nn.Module) -> None:
+    """Make a model in 16 bits ready for stable training: everything that is not quantized goes to fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+
+
+# %% [markdown]
+# The parameters that it casts are few beside the codes, one would think. Measure: a LLaMA of SmolLM2's width with two layers, in bf16, quantized on paper (random
+# bytes will do), its factors in bf16 too; then the same after that function.
+
+
+# %%
+def small_model_in_16_bits() -> Llama:
+    """Return two layers of SmolLM2's width in bf16 with 4-bit linear layers of random codes, and LoRA on these."""
+    from dataclasses import replace
+
+    torch.manual_seed(0)
+    model = Llama(replace(PRESETS["SmolLM2-135M"], num_hidden_layers=2, vocab_size=8_192)).to(torch.bfloat16)
+    qlora(model, on_paper, dtype=torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            module.packed.random_(256)
+            module.absmax.random_(256)
+            module.nested_absmax.fill_(0.01)
+            module.offset.fill_(0.05)
+            module.levels.copy_(torch.linspace(-1, 1, 16))
+    return model
+
+
+def bytes_after(prepare: Callable[[nn.Module], None]) -> StepMemory:
+    """Return the bytes of a step of the small model on 64 tokens, after it has been prepared."""
+    model, ids = small_model_in_16_bits(), torch.arange(64)[None]
+    prepare(model)
+    return measure_training_step(model, lambda: causal_loss(model, ids, ids))
+
+
+# %%
+for name, prepare in {"in 16 bits": lambda model: None, "with the bug": prepare_with_a_bug}.items():
+    step = bytes_after(prepare)
+    print(
+        f"{name:<13} weights {step.parameters / MEBIBYTE:5.1f} MiB, activations {step.activations / MEBIBYTE:5.1f} MiB, "
+        f"peak {step.peak / MEBIBYTE:5.1f} MiB"
+    )
+
+# %% [markdown]
+# The embedding has doubled. And the activations, which no parameter's dtype seems to decide? A product of a number in 16 bits and one in 32 is in 32: the first norm
+# multiplies by its fp32 weight, and everything after it is in fp32, is kept for backward in fp32, in every layer.
+#
+# But there is something in that function that is worth keeping. Write `prepare_for_training`: cast what needs fp32 and leave the rest, in place, so that an optimizer that holds the
+# parameters already goes on with them.
+#
+# <details><summary>What needs fp32, then?</summary>
+#
+# What receives small updates: see section 3. What is frozen receives none.
+# </details>
+# <details><summary>The check says that the parameters are new ones</summary>
+#
+# `parameter.data = ...` changes what is in a parameter; `setattr(module, name, nn.Parameter(...))` makes another.
+# </details>
+
+
+# %% nbgrader={"grade": false, "grade_id": "prepare", "locked": false, "schema_version": 3, "solution": true, "task": false}
+def prepare_for_training(model: nn.Module) -> None:
+    """Cast to fp32, in place, what is trained, and nothing else."""
+    ### BEGIN SOLUTION
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    ### END SOLUTION
+
+
+# %% nbgrader={"grade": true, "grade_id": "check-prepare", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
+check_prepare(prepare_for_training)
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("10_qlora", check_prepare, prepare_for_training)
+### END HIDDEN TESTS
+
+# %%
+step = bytes_after(prepare_for_training)
+print(
+    f"yours: weights {step.parameters / MEBIBYTE:.1f} MiB, activations {step.activations / MEBIBYTE:.1f} MiB, peak {step.peak / MEBIBYTE:.1f} MiB"
+)
+
+# %% [markdown]
+# ## 11. In your own words  ·  2 points, marked by hand
+#
+# A colleague has fine-tuned a model of 7 billion parameters with QLoRA, and it scores well. For serving he merges the adapter and quantizes the result to NF4
+# again, "as it was in 4 bits all the time". The scores fall back almost to where they were before training. He suspects the adapter file, and wants to train again
+# with a higher rank.
+#
+# In about 120 words: where did the training go? Why would a higher rank not help, and what would you advise him to serve instead, at which cost? Refer to at
+# least two numbers that you measured in this unit.
+
+# %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
+# ### BEGIN SOLUTION
+# **Rubric.** *1 point: the cause.* Rounding to NF4 moves the merged weight by more than the update did (section 7's last column is quoted), so most of the update is
+# rounded away; the adapter was trained beside one set of quantized weights and now meets another. A higher rank does not make the update larger than the
+# grid. *1 point: what to serve.* The 4-bit base with the adapter beside it (two thin products a layer, the adapter file of some megabytes, no
+# merging), or a merge in 16 bits onto the *dequantized* base, which costs four times the bytes (section 4: bytes a parameter). At least one, with its cost in a
+# number. Half points for either part without a number.
+#
+# **A full answer.** Training changed each weight by very little: in section 7 rounding the merged weight to NF4 moved it several times as far as the whole update. So
+# after quantizing again most of what was learned is gone, and what comes out is another rounding of almost the old weight. The file is fine: with the adapter beside the 4-bit
+# base the score is there. A higher rank allows more directions, not larger changes, and the grid stays as coarse. I would serve the 4-bit base, about 0.52 bytes a parameter, and the adapter
+# beside it, a few megabytes and two thin products in each layer. If that is too slow, merge into bf16, where rounding is a small part of the update; but then it takes 2 bytes a
+# parameter, and the merge must start from the dequantized weights, for these are what the adapter was trained with.
+#
+# **An answer worth one point.** Quantizing again makes rounding errors, and these are larger than the LoRA update, so the training is lost. He should not merge, and keep the adapter
+# separate.
+# ### END SOLUTION
+
+# %% [markdown]
+# ## What you have now
+#
+# A 4-bit layer that equals bitsandbytes' to the bit and keeps nothing but its codes, LoRA on it that equals peft's, an optimizer in eight bits, and the bytes of all of
+# it, measured from 135 million parameters to 65 billion. Unit 11 sets every method of the course side by side.
+#
+# ## Sources
+#
+# - Dettmers et al. (2023), *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314: section 2 has the memory figures for 7B, section 3 the method and
+#   paged optimizers.
+# - Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861.
+# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685.
+# - Chen et al. (2016), *Training Deep Nets with Sublinear Memory Cost*, arXiv 1604.06174: gradient checkpointing.
+# - peft issues [816](https://github.com/huggingface/peft/issues/816), [1149](https://github.com/huggingface/peft/issues/1149),
+#   [2105](https://github.com/huggingface/peft/issues/2105), [2321](https://github.com/huggingface/peft/issues/2321);
+#   bitsandbytes issue [1569](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1569);
+#   TRL pull request [4457](https://github.com/huggingface/trl/pull/4457).
+# - On speed: open-instruct issue [109](https://github.com/allenai/open-instruct/issues/109), qlora issue [249](https://github.com/artidoro/qlora/issues/249).
+# - The model: Allal et al. (2025), *SmolLM2*, arXiv 2502.02737. The reviews: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005).

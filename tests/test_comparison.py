@@ -1,0 +1,207 @@
+"""The comparison's rows are summed up rightly, and its learning rates chosen without a look at the test split."""
+
+import dataclasses
+
+import pytest
+
+from autograder import comparison
+from autograder.comparison import LADDER, METHODS, TRAINING, Comparison
+from peftlab import plots, results
+from peftlab.comparison import (
+    UNIT,
+    chosen_rate,
+    late_loss,
+    machine,
+    memory_table,
+    own_rows,
+    rows,
+    score_table,
+    select,
+    summary,
+    sweep_table,
+)
+from peftlab.memory import StepMemory
+from peftlab.results import Row
+
+
+def row(rate: float, seed: int = 0, loss: float = 1.0, score: float = 0.5, **changed: object) -> Row:
+    fields = {
+        "unit": UNIT,
+        "task": "movie_reviews",
+        "method": "adapters",
+        "settings": {"steps": 40, "learning_rate": rate, "seed": seed, "variant": changed.pop("variant", "")},
+        "trainable_parameters": 1,
+        "total_parameters": 2,
+        "adapter_bytes": 3,
+        "memory": StepMemory(1, 2, 3, 4, 5),
+        "seconds_per_step": 1.0,
+        "metric": "accuracy",
+        "score_before": 0.7,
+        "score_after": score,
+        "forgetting": 0.1,
+        "losses": [9.0] * 30 + [loss] * 10,
+        "short": False,
+    }
+    return Row(**fields | changed)
+
+
+def test_the_rate_with_the_lowest_late_loss_is_chosen_whatever_the_scores():
+    found = [row(1e-3, loss=0.5, score=0.9), row(3e-3, loss=0.4, score=0.8), row(1e-2, loss=0.6, score=0.99)]
+    assert chosen_rate(found) == 3e-3
+    assert late_loss(found[0]) == 0.5
+
+
+def test_the_rates_with_the_most_seeds_are_compared_by_their_means():
+    lucky = [row(3e-3, loss=0.3), row(3e-3, seed=1, loss=0.9)]
+    steady = [row(1e-3, loss=0.5), row(1e-3, seed=1, loss=0.4)]
+    assert chosen_rate([*lucky, *steady, row(1e-2, loss=0.1)]) == 1e-3
+
+
+def test_a_summary_takes_the_chosen_rate_alone():
+    found = [row(1e-3, seed=seed, loss=0.5, score=score) for seed, score in enumerate((0.5, 0.6, 0.7))] + [row(3e-3, score=0.9)]
+    assert summary(found).scores == (0.5, 0.6, 0.7)
+    assert summary(found).score == pytest.approx(0.6) and summary(found).spread == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("mixed", [[], [row(1e-3), row(1e-3, task="tool_calls")], [row(1e-3), row(1e-3, variant="pfeiffer")]])
+def test_rows_of_several_kinds_are_not_mixed(mixed):
+    with pytest.raises(ValueError, match="at a time"):
+        chosen_rate(mixed)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path) -> tuple[Comparison, list[tuple[float, int]]]:
+    """A comparison in which a run costs nothing, and the best learning rate is 1e-4."""
+    monkeypatch.setenv("PEFTLAB_RESULTS", str(tmp_path))
+    runs = []
+
+    def run(self, name, variant, task, rate, seed):
+        if not any(
+            r.settings["learning_rate"] == rate and r.settings["seed"] == seed for r in rows(name, task, variant, self.folder)
+        ):
+            runs.append((rate, seed))
+            results.save(row(rate, seed, loss=abs(LADDER.index(rate) - LADDER.index(1e-4)), method=name, task=task))
+
+    monkeypatch.setattr(Comparison, "run", run)
+    return Comparison(tmp_path), runs
+
+
+def test_the_sweep_goes_on_until_the_best_rate_lies_inside(measured):
+    where, runs = measured
+    where.measure("adapters", "", "movie_reviews")  # its first guess is ten times the best
+    sweep = [rate for rate, seed in runs if seed == 0]
+    assert {3e-5, 1e-4, 3e-4} <= set(sweep) and min(sweep) == 3e-5
+    assert [run for run in runs if run[1]] == [(1e-4, 1), (1e-4, 2)]
+
+
+def test_where_the_best_rate_was_lucky_the_next_one_gets_its_seeds():
+    swept = [row(3e-4, loss=0.5), row(1e-3, loss=0.4), row(3e-3, loss=0.3), row(1e-2, loss=0.8)]
+    assert Comparison().next_runs(swept) == [(3e-3, 1), (3e-3, 2)]
+    unlucky = [row(3e-3, seed=1, loss=0.9), row(3e-3, seed=2, loss=0.3)]
+    assert Comparison().next_runs([*swept, *unlucky]) == [(1e-3, 1), (1e-3, 2)]
+    assert Comparison().next_runs([*swept, *unlucky, row(1e-3, seed=1, loss=0.4), row(1e-3, seed=2, loss=0.4)]) == []
+
+
+def test_what_has_been_measured_is_not_measured_again(measured):
+    where, runs = measured
+    where.measure("adapters", "", "movie_reviews")
+    before = list(runs)
+    where.measure("adapters", "", "movie_reviews")
+    assert runs == before
+
+
+def test_every_guess_is_on_the_ladder_and_every_method_has_its_standard_form():
+    for (name, _), method in METHODS.items():
+        assert (name, "") in METHODS
+        assert method.guess.keys() == TRAINING.keys() and all(rate in LADDER[1:-1] for rate in method.guess.values())
+
+
+def test_an_unknown_method_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        comparison.main(["adaptors"])
+    assert "lora" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_row_from_start_to_file(monkeypatch, tmp_path):
+    """Really run, on a tiny split: the variant, the memory and the score before are in the row, and reused in the next."""
+    monkeypatch.setenv("PEFTLAB_RESULTS", str(tmp_path))
+    monkeypatch.setenv("PEFTLAB_SHORT", "1")
+    where = Comparison(tmp_path)
+    where.run("lora", "", "tool_calls", 1e-3, 0)
+    where.run("lora", "", "tool_calls", 3e-3, 0)
+    first, second = rows("lora", "tool_calls", folder=tmp_path)
+    assert first.settings["variant"] == "" and first.settings["rank"] == 8 and first.short
+    assert first.memory == second.memory and first.memory.gradients == 4 * first.trainable_parameters
+    assert first.losses[0] == second.losses[0] and first.losses != second.losses
+    assert dataclasses.replace(first, settings={}).score_before == second.score_before
+
+
+@pytest.mark.parametrize(
+    ("method", "variant"), sorted({(row.method, row.settings["variant"]) for row in results.load(UNIT, results.SHIPPED)})
+)
+def test_shipped_rows_are_whole(method, variant):
+    """No short row, every rate on the ladder, the sweep's best between two others, three seeds at the rate that is chosen."""
+    for task in TRAINING:
+        found = rows(method, task, variant)
+        if not found:
+            continue
+        assert not any(row.short for row in found)
+        best = LADDER.index(chosen_rate(found))
+        assert {LADDER[best - 1], LADDER[best + 1]} <= {row.settings["learning_rate"] for row in found}
+        assert len(summary(found).scores) >= 3, (method, variant, task)
+
+
+def test_tables_name_every_kind_once_and_leave_out_what_was_not_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PEFTLAB_RESULTS", str(tmp_path))
+    for rate, seed, loss in ((1e-3, 0, 0.5), (3e-3, 0, 0.4), (3e-3, 1, 0.4)):
+        results.save(row(rate, seed, loss=loss, score=0.8 + seed / 10))
+    shipped = select({"bottlenecks": ("adapters", ""), "LoRA": ("lora", "")}, tmp_path)
+    assert list(shipped) == [("movie_reviews", "bottlenecks")]
+    assert "left out: LoRA on movie_reviews, bottlenecks on tool_calls, LoRA on tool_calls." in capsys.readouterr().out
+    assert sweep_table(shipped).count("bottlenecks") == 2 and "0.003      0.400   80.0% *" in sweep_table(shipped)
+    assert "85.0%" in score_table(shipped) and "10.0%" in score_table(shipped) and "50.000%" in score_table(shipped)
+    assert memory_table(shipped).count("bottlenecks") == 1
+    assert max(map(len, score_table(shipped).splitlines())) <= 115
+
+
+@pytest.mark.parametrize(
+    ("hardware", "name"),
+    [
+        ("AMD EPYC, 2 threads", "AMD EPYC"),
+        ("Apple M2, 1 thread", "Apple M2"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_a_machine_is_named_without_its_threads(hardware, name):
+    assert machine(row(1e-3, hardware=hardware)) == name
+
+
+def test_own_rows_are_found_in_every_unit_and_what_is_no_row_is_named_and_left_out(monkeypatch, tmp_path, capsys, recwarn):
+    monkeypatch.setenv("PEFTLAB_RESULTS", str(tmp_path))
+    assert own_rows() == []
+    results.save(row(1e-3, unit="08_lora", method="lora"))
+    results.save(row(1e-3, unit="07_adapters"))
+    sound = results.save(row(1e-3, unit="07_adapters", task="tool_calls")).read_text()
+    (tmp_path / "07_adapters" / "broken.json").write_text(sound[:300])
+    results.save(row(3e-3, unit="07_adapters", score=7.5))
+    assert [(r.unit, r.task) for r in own_rows()] == [
+        ("07_adapters", "movie_reviews"),
+        ("07_adapters", "tool_calls"),
+        ("08_lora", "movie_reviews"),
+    ]
+    said = capsys.readouterr().out
+    assert said.count("is left out") == 2 and "broken.json" in said and "a score of 7.5" in said
+    assert not recwarn.list
+
+
+def test_the_pareto_picture_joins_what_is_on_the_front():
+    points = {
+        "cheap": (1.0, 50.0, 1.0),
+        "dear": (9.0, 80.0, 1.0),
+        "between": (5.0, 40.0, 1.0),
+        "unknown": (2.0, float("nan"), 1.0),
+    }
+    axes = plots.pareto(points, ["cheap", "dear"], "Scores", "MiB", "score (%)").axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["cheap", "dear", "between"]
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, 50.0], [9.0, 80.0]]

@@ -1,0 +1,77 @@
+"""As on Colab: a notebook alone, in an environment without the course, which its first cell installs, runs to its end.
+
+`make fresh` runs this with the oldest releases that pyproject.toml allows and with the newest: gigabytes, for PyTorch brings
+CUDA along, so `make test` skips it. PEFTLAB_FRESH is `oldest`, `newest`, or the folder of a virtual
+environment to run in, from which the course is removed first.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from nbgrader.preprocessors import ClearHiddenTests
+
+from autograder import colab
+from autograder.build import ROOT, instructor_notebook
+from autograder.reference import units
+
+WANTED = os.environ.get("PEFTLAB_FRESH", "")
+USUAL = ("ipykernel", "ipywidgets")
+"""What a notebook on Colab has besides our dependencies, all of which Colab has in some version or installs."""
+
+pytestmark = [
+    pytest.mark.skipif(not WANTED, reason="downloads gigabytes; `make fresh` runs it"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("fresh"),
+]
+
+
+def requirements(which: str) -> list[str]:
+    """Return our dependencies at their lower bounds, or at none."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    pairs = [requirement.split(">=") for requirement in declared]
+    return [f"{name}=={bound}.*" if which == "oldest" else name for name, bound in pairs]
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> str:
+    """The interpreter of an environment that has what Colab has."""
+    if WANTED not in ("oldest", "newest"):
+        return str(Path(WANTED) / "bin" / "python")
+    folder = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = str(folder / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements(WANTED), *USUAL], check=True)
+    return python
+
+
+def version(python: str, package: str) -> str:
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("unit", units())
+def test_a_notebook_alone_installs_the_course_and_runs(unit, python, tmp_path, monkeypatch):
+    monkeypatch.setattr(colab, "address", lambda: f"file://{ROOT}")
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "peft-from-scratch"], check=True)
+    before = version(python, "torch")
+    notebook = instructor_notebook(unit)
+    ClearHiddenTests().preprocess(notebook, {})
+    kernel = tmp_path / "kernels" / "fresh"
+    kernel.mkdir(parents=True)
+    start = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(json.dumps({"argv": start, "display_name": "fresh", "language": "python"}))
+    specs = KernelSpecManager(kernel_dirs=[str(kernel.parent)])
+    manager = AsyncKernelManager(kernel_name="fresh", kernel_spec_manager=specs)
+    client = NotebookClient(notebook, km=manager, timeout=3600, resources={"metadata": {"path": str(tmp_path)}})
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    client.execute(env={**alone, "PEFTLAB_SHORT": "1", "PEFTLAB_RESULTS": str(tmp_path / "results")})
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    assert version(python, "torch") == before, "Colab's torch was replaced"

@@ -1,0 +1,45 @@
+"""The rendered course: all pages are there, links inside lead somewhere, solutions are folded, hidden tests not shown."""
+
+import re
+
+import pytest
+
+from autograder.build import instructor_notebook
+from autograder.reference import solution_cells, units
+from autograder.site import build, page
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, of notebooks that have not been run; Sphinx stops at any warning, such as a link that leads nowhere."""
+    folder = tmp_path_factory.mktemp("site")
+    assert build({unit: instructor_notebook(unit) for unit in units()}, folder) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_every_unit_has_its_page_and_can_be_found(site):
+    front = (site / "index.html").read_text()
+    for unit in units():
+        assert f'href="{unit}/{unit}.html"' in front
+        folded = len(re.findall(r'class="[^"]*tag_hide-input', (site / unit / f"{unit}.html").read_text()))
+        assert folded == len(solution_cells(instructor_notebook(unit)))
+    for name in ("GLOSSARY", "SOURCES", "CHANGELOG", "docs/instructor_guide", "search"):
+        assert (site / f"{name}.html").is_file()
+    index = (site / "searchindex.js").read_text()
+    assert all(f'"{unit}/{unit}"' in index for unit in units())
+
+
+@pytest.mark.slow
+def test_formulas_need_no_network(site):
+    text = (site / "08_lora" / "08_lora.html").read_text()
+    assert 'src="../_static/mathjax/' in text and (site / "_static" / "mathjax" / "tex-chtml.js").is_file()
+    assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?:', text)
+
+
+@pytest.mark.parametrize("unit", units())
+def test_a_page_shows_no_hidden_test_and_no_marker(unit):
+    shown = page(instructor_notebook(unit))
+    for cell in shown.cells:
+        for marker in ("BEGIN", "END HIDDEN", "hidden.check", "%pip"):
+            assert marker not in cell.source

@@ -78,8 +78,14 @@ class Proof:
 def prove(unit: str) -> Proof:
     """Try every mistake, variant and mutant of a unit's exercises."""
     proof = Proof(unit)
-    exercises = exercises_of(unit)
-    for exercise in tqdm(exercises, desc=f"{unit}, known answers", disable=None):
+    try_known_answers(proof)
+    try_mutants(proof)
+    return proof
+
+
+def try_known_answers(proof: Proof) -> None:
+    """Note in the proof which mistakes of the unit are missed, and which variants are refused."""
+    for exercise in tqdm(exercises_of(proof.unit), desc=f"{proof.unit}, known answers", disable=None):
         proof.mistakes += len(exercise.mistakes)
         proof.variants += len(exercise.variants)
         for sentence, edits in exercise.mistakes.items():
@@ -89,13 +95,17 @@ def prove(unit: str) -> Proof:
             said = _said(exercise, exercise.build(edits))
             if said:
                 proof.refused.append(f"{exercise.name}: {name}: {said.splitlines()[0]}")
-    explained = getattr(load_hidden_cases(unit), "SURVIVORS", {})
-    for mutant, module in tqdm(list(_mutated(unit)), desc=f"{unit}, mutants", disable=None):
-        if any(_rejects(unit, exercise, module) for exercise in exercises):
+
+
+def try_mutants(proof: Proof) -> None:
+    """Note in the proof how many mutants of the unit's solutions are rejected, and which survive."""
+    exercises = exercises_of(proof.unit)
+    explained = getattr(load_hidden_cases(proof.unit), "SURVIVORS", {})
+    for mutant, module in tqdm(list(_mutated(proof.unit)), desc=f"{proof.unit}, mutants", disable=None):
+        if any(_rejects(proof.unit, exercise, module) for exercise in exercises):
             proof.killed += 1
         else:
             proof.survivors[mutant.change] = explained.get(mutant.change)
-    return proof
 
 
 def _said(exercise: Exercise, answers: list[object]) -> str:

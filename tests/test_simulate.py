@@ -83,10 +83,10 @@ def test_the_formula_of_what_stays_is_measured(recipe):
 def test_the_formula_of_activations_is_measured(checkpointing, seed):
     case = activations_case(torch.Generator().manual_seed(seed), checkpointing)
     settings = {name: case.pop(name) for name in ("batch_size", "sequence_length", "checkpointing")}
-    config = LlamaConfig(**case)
+    # The check takes few layers, to answer soon. With more of them, the small tensors outside weigh less.
+    config = LlamaConfig(**case | {"num_hidden_layers": 9})
     measured = simulate_training_step(config, **settings).activations
-    # The check's own margin: small tensors that the formula leaves out weigh up to 1.3% in the smallest of its models.
-    assert measured == pytest.approx(activation_bytes(config, **settings), rel=0.02)
+    assert measured == pytest.approx(activation_bytes(config, **settings), rel=0.01)
 
 
 def test_a_method_that_treats_layers_differently_is_measured_whole():

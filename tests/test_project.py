@@ -67,3 +67,10 @@ def test_no_path_of_one_machine_in_a_tracked_file():
 def test_installed_torch_is_the_pinned_one():
     if os.environ.get("CI"):
         assert version("torch").split("+")[0] == PINNED["torch"]
+
+
+@pytest.mark.xdist_group("one-worker")
+def test_workers_keep_the_groups(request):
+    """Else each worker would grade every class of the tests anew."""
+    if hasattr(request.config, "workerinput"):
+        assert request.node.nodeid.endswith("@one-worker")

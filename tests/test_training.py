@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 
 from peftlab import training
-from peftlab.llama import PRESETS, Llama
-from peftlab.training import train, trainable
+from peftlab.llama import PRESETS, Llama, causal_loss
+from peftlab.training import train, trainable, twenty_steps
 
 
 @pytest.fixture
@@ -116,3 +116,15 @@ def test_trainable_lists_only_what_requires_a_gradient(model):
 def test_a_short_run_takes_two_steps(model, dataset, monkeypatch):
     monkeypatch.setenv("PEFTLAB_SHORT", "1")
     assert len(train(model, dataset, **OPTIONS).losses) == 2
+
+
+def test_twenty_steps_are_the_same_for_the_same_start(model):
+    def losses(model, parameters):
+        return twenty_steps(parameters, lambda ids: causal_loss(model, ids, ids))
+
+    first, second, frozen = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
+    taken = losses(first, trainable(first).values())
+    assert taken.shape == (20,) and not taken.requires_grad
+    assert torch.equal(taken, losses(second, trainable(second).values()))
+    assert torch.equal(weights(first), weights(second)) and not torch.equal(weights(first), weights(model))
+    assert not torch.equal(taken, losses(frozen, [trainable(frozen)["model.layers.1.mlp.down_proj.weight"]]))

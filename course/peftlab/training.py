@@ -4,12 +4,13 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -198,3 +199,27 @@ class _Run:
         self.history.seconds[:] = state["history"]["seconds"]
         torch.set_rng_state(state["random"])
         return len(self.history.losses)
+
+
+def twenty_steps(
+    parameters: Iterable[Tensor],
+    loss: Callable[[Int[Tensor, "4 24"]], Float[Tensor, ""]],
+    learning_rate: float = 1e-3,
+    device: torch.device | str = "cpu",
+) -> Float[Tensor, "20"]:
+    """Take 20 AdamW steps on fixed random tokens below 256; return the losses.
+
+    Two models with the same start must have the same losses, up to rounding: so a unit holds a method against a library.
+
+    Args:
+        loss: of one batch of token ids.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
+    tokens = torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1)).to(device)
+    losses = []
+    for batch in tokens:
+        optimizer.zero_grad()
+        losses.append(loss(batch))
+        losses[-1].backward()
+        optimizer.step()
+    return torch.stack(losses).detach()

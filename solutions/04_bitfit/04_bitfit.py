@@ -679,6 +679,8 @@ from peft import BeftConfig, LNTuningConfig, get_peft_model
 from transformers import LlamaConfig as HubConfig
 from transformers import LlamaForCausalLM
 
+from peftlab.training import trainable, twenty_steps
+
 SIZES = dict(
     vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, rms_norm_eps=1e-5,
@@ -687,21 +689,6 @@ PEFT = {
     "biases": BeftConfig(target_modules=KINDS),
     "norm gains": LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
 }
-
-
-# %% tags=["experiment"]
-def twenty_steps(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Take 20 AdamW steps on fixed random tokens; return the losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tokens = torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1))
-    losses = []
-    for batch in tokens:
-        optimizer.zero_grad()
-        losses.append(loss(batch))
-        losses[-1].backward()
-        optimizer.step()
-    return torch.stack(losses).detach()
-
 
 # %% tags=["experiment"]
 for method, prepare in METHODS.items():
@@ -713,8 +700,8 @@ for method, prepare in METHODS.items():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that biases could not be merged: more on that below
         theirs = get_peft_model(theirs, PEFT[method])
-    our_losses = twenty_steps(ours, lambda ids: causal_loss(ours, ids, ids))
-    their_losses = twenty_steps(theirs, lambda ids: theirs(input_ids=ids, labels=ids).loss)
+    our_losses = twenty_steps(trainable(ours).values(), lambda ids: causal_loss(ours, ids, ids), 1e-2)
+    their_losses = twenty_steps(trainable(theirs).values(), lambda ids: theirs(input_ids=ids, labels=ids).loss, 1e-2)
     apart = ((our_losses - their_losses).abs() / their_losses).max().item()
     print(f"{method:<11} losses from {our_losses[0]:.4f} to {our_losses[-1]:.4f}; largest relative difference {apart:.1e}")
     assert apart <= 1e-5, "your training and peft's have parted ways: run the checks above again"

@@ -48,7 +48,7 @@ from autograder.checks.prefix_tuning import (
 )
 from peftlab import comparison, plots
 from peftlab.llama import PRESETS, Llama, LlamaAttention, LlamaConfig, LlamaModel, causal_loss, rotary_angles, rotate
-from peftlab.training import trainable
+from peftlab.training import trainable, twenty_steps
 
 
 class Prefix(nn.Module):
@@ -940,19 +940,6 @@ def from_peft_mlp(encoder: nn.Module) -> ReparameterizedPrefix:
     return prefix
 
 
-# %% tags=["experiment"]
-def losses(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Take 20 AdamW steps on fixed random tokens; return the losses."""
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
-    found = []
-    for batch in torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1)):
-        optimizer.zero_grad()
-        found.append(loss(batch))
-        found[-1].backward()
-        optimizer.step()
-    return torch.stack(found).detach()
-
-
 # %% [markdown]
 # The longest sum on the way to a loss is the softmax over 256 tokens; a sum of $n$ terms is off by at most $n$ eps of its size.
 
@@ -964,8 +951,8 @@ for projection in (False, True):
     with torch.no_grad():
         logits = theirs(input_ids=ids).logits
         apart = ((ours(ids) - logits).abs().max() / logits.abs().max()).item()
-    our_losses = losses(ours, lambda batch: causal_loss(ours, batch, batch))
-    their_losses = losses(theirs, lambda batch: theirs(input_ids=batch, labels=batch).loss)
+    our_losses = twenty_steps(trainable(ours).values(), lambda batch: causal_loss(ours, batch, batch), 1e-2)
+    their_losses = twenty_steps(trainable(theirs).values(), lambda batch: theirs(input_ids=batch, labels=batch).loss, 1e-2)
     steps_apart = ((our_losses - their_losses).abs() / their_losses).max().item()
     print(f"with an MLP: {projection!s:<6} logits {apart:.1e} apart, losses {steps_apart:.1e}; rounding explains {allowed:.1e}")
     assert max(apart, steps_apart) <= allowed, "your prefix and peft's have parted ways: run the checks above again"

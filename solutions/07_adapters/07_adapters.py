@@ -889,6 +889,8 @@ print(f"you said {my_single_token}% for one token and {my_256_tokens}% for 256")
 from transformers import LlamaConfig as HubConfig
 from transformers import LlamaForCausalLM
 
+from peftlab.training import trainable, twenty_steps
+
 torch.manual_seed(0)
 sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2)
 theirs = LlamaForCausalLM(HubConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5))
@@ -920,23 +922,9 @@ for our_layer, their_layer in zip(ours.model.layers, theirs.model.layers):
         bottleneck_behind(getattr(their_layer, place), copies)
         oracle += copies.values()
 
-
 # %% tags=["experiment"]
-def twenty_steps(parameters: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Take 20 AdamW steps on fixed random tokens; return the losses."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    tokens = torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1))
-    losses = []
-    for batch in tokens:
-        optimizer.zero_grad()
-        losses.append(loss(batch))
-        losses[-1].backward()
-        optimizer.step()
-    return torch.stack(losses).detach()
-
-
-our_losses = twenty_steps([p for p in ours.parameters() if p.requires_grad], lambda ids: causal_loss(ours, ids, ids))
-their_losses = twenty_steps(oracle, lambda ids: theirs(input_ids=ids, labels=ids).loss)
+our_losses = twenty_steps(trainable(ours).values(), lambda ids: causal_loss(ours, ids, ids), 1e-2)
+their_losses = twenty_steps(oracle, lambda ids: theirs(input_ids=ids, labels=ids).loss, 1e-2)
 
 # %% tags=["experiment"]
 apart = ((our_losses - their_losses).abs() / their_losses).max().item()

@@ -647,6 +647,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig as HubConfig
 from transformers import LlamaForCausalLM
 
+from peftlab.training import trainable, twenty_steps
+
 torch.manual_seed(0)
 sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2)
 theirs = LlamaForCausalLM(HubConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5))
@@ -667,23 +669,9 @@ with torch.no_grad():
             tensor.copy_(peft_factors[name])
 print(f"{len(peft_factors)} factors copied; their names are the same in both")
 
-
 # %% tags=["experiment"]
-def twenty_steps(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Take 20 AdamW steps on fixed random tokens; return the losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    tokens = torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1))
-    losses = []
-    for batch in tokens:
-        optimizer.zero_grad()
-        losses.append(loss(batch))
-        losses[-1].backward()
-        optimizer.step()
-    return torch.stack(losses).detach()
-
-
-our_losses = twenty_steps(ours, lambda ids: causal_loss(ours, ids, ids))
-their_losses = twenty_steps(theirs, lambda ids: theirs(input_ids=ids, labels=ids).loss)
+our_losses = twenty_steps(trainable(ours).values(), lambda ids: causal_loss(ours, ids, ids))
+their_losses = twenty_steps(trainable(theirs).values(), lambda ids: theirs(input_ids=ids, labels=ids).loss)
 
 # %% tags=["experiment"]
 apart = ((our_losses - their_losses).abs() / their_losses).max().item()

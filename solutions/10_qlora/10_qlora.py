@@ -837,7 +837,7 @@ print(
 from safetensors.torch import save_file
 
 from peftlab.experiment import fine_tune
-from peftlab.training import trainable
+from peftlab.training import trainable, twenty_steps
 
 known = comparison.rows("qlora", "movie_reviews")
 learning_rate = comparison.chosen_rate(known) if known else 3e-4
@@ -1163,23 +1163,9 @@ pair = (ours.model.layers[0].mlp.up_proj.base, theirs.get_submodule("base_model.
 read_back = bitsandbytes.functional.dequantize_4bit(pair[1].weight.data, pair[1].weight.quant_state).to(COMPUTE)
 print("dequantized weights equal in every bit:", torch.equal(pair[0].dequantized(), read_back))
 
-
 # %% tags=["experiment"]
-def twenty_steps(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Take 20 AdamW steps on fixed random tokens; return the losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    tokens = torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1)).to(device)
-    losses = []
-    for tokens_of_step in tokens:
-        optimizer.zero_grad()
-        losses.append(loss(tokens_of_step))
-        losses[-1].backward()
-        optimizer.step()
-    return torch.stack(losses).detach()
-
-
-our_losses = twenty_steps(ours, lambda ids: causal_loss(ours, ids, ids))
-their_losses = twenty_steps(theirs, lambda ids: theirs(input_ids=ids, labels=ids).loss)
+our_losses = twenty_steps(trainable(ours).values(), lambda ids: causal_loss(ours, ids, ids), device=device)
+their_losses = twenty_steps(trainable(theirs).values(), lambda ids: theirs(input_ids=ids, labels=ids).loss, device=device)
 
 # %% tags=["experiment"]
 apart = ((our_losses - their_losses).abs() / their_losses).max().item()

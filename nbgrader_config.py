@@ -11,6 +11,7 @@ from nbgrader.preprocessors import (
 )
 
 from autograder.execute import ExecuteInSandbox
+from autograder.rubric import HideRubric, ShowRubric
 from autograder.sanitize import Repair
 
 c = get_config()
@@ -28,9 +29,12 @@ c.ClearSolutions.text_stub = "*Your answer.*"
 # Student code runs in a sandbox, graded cells outside it; what came back is put in the released notebook's frame first.
 c.Autograde.sanitize_preprocessors = [Repair, ClearOutput, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]
 c.Autograde.autograde_preprocessors = [
-    ExecuteInSandbox if step is Execute else step for step in Autograde.autograde_preprocessors.default_args[0]
+    *(ExecuteInSandbox if step is Execute else step for step in Autograde.autograde_preprocessors.default_args[0]),
+    ShowRubric,
 ]
 
-# Feedback shows neither the lines that call hidden tests nor any script that a submission printed.
-c.GenerateFeedback.preprocessors = [ClearHiddenTests, *GenerateFeedback.preprocessors.default_args[0]]
+# Feedback shows neither the rubric, nor the lines that call hidden tests, nor any script that a submission printed.
+c.GenerateFeedback.preprocessors = [HideRubric, ClearHiddenTests, *GenerateFeedback.preprocessors.default_args[0]]
 c.HTMLExporter.sanitize_html = True
+# Sanitized HTML has lost its pictures, which come as images, too.
+c.NbConvertBase.display_data_priority = ["image/png", "image/jpeg", "text/html", "text/markdown", "text/latex", "text/plain"]

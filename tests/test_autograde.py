@@ -204,6 +204,19 @@ def test_feedback_is_written_and_shows_the_diagnosis(classroom):
     assert "BEGIN SOLUTION" not in page
 
 
+def test_the_rubric_stands_above_the_answer_for_the_marker_and_not_in_feedback(classroom):
+    classroom.submit("learner", classroom.answered({}))
+    classroom.grade("learner")
+    graded = nbformat.read(classroom.root / "autograded" / "learner" / UNIT / f"{UNIT}.ipynb", as_version=4)
+    (question,) = look_at(UNIT).by_hand
+    place = next(number for number, cell in enumerate(graded.cells) if cell["id"] == question)
+    assert graded.cells[place - 1].source.startswith("**Rubric.**") and "SOLUTION" not in graded.cells[place - 1].source
+    assert classroom.api.generate_feedback(UNIT, "learner")["success"]
+    page = (classroom.root / "feedback" / "learner" / UNIT / f"{UNIT}.html").read_text()
+    assert "Rubric" not in page
+    assert classroom.api.autograde(UNIT, "learner")["success"], "grading again meets its own rubric"
+
+
 def test_a_broken_notebook_is_named_and_kept(classroom):
     path = classroom.submit("broken", classroom.released())
     path.write_text("{ this is no notebook")

@@ -1,5 +1,6 @@
 """Rows survive the disk, and what is no row is reported and left alone."""
 
+import base64
 import dataclasses
 
 import pytest
@@ -87,7 +88,7 @@ def test_a_table_of_steps_has_every_category(row):
 
 def test_figures_say_what_they_show(row, monkeypatch):
     shown = []
-    monkeypatch.setattr(plots, "display", shown.append)
+    monkeypatch.setattr(plots, "display", lambda bundle, raw, metadata: shown.append((bundle, metadata)))
     figures = [
         plots.memory_bars({"LoRA": row.memory, "full": row.memory}, "One step"),
         plots.memory_bars({"LoRA": row.memory}, "One step", unit="GB", card=("a GPU of 24 GB", 24e9)),
@@ -98,5 +99,9 @@ def test_figures_say_what_they_show(row, monkeypatch):
     for figure in figures:
         axes = figure.axes[0]
         assert axes.get_title() and (axes.get_xlabel() or axes.get_ylabel())
-        plots.show(figure, alt="what one sees")
-    assert all(image.alt == "what one sees" and image.data.startswith(b"\x89PNG") for image in shown)
+        plots.show(figure, alt='"what" one < sees')
+    assert len(shown) == len(figures)
+    for bundle, metadata in shown:
+        assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+        assert metadata["image/png"]["alt"] == bundle["text/plain"] == '"what" one < sees'
+        assert 'alt="&quot;what&quot; one &lt; sees"' in bundle["text/html"] and bundle["image/png"] in bundle["text/html"]

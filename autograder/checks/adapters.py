@@ -1248,13 +1248,23 @@ def join_case(
 
 
 def join_tolerance(case: dict) -> dict[str, float]:
-    """Only `up` is computed: the product with a weight rounds once, the sum of the biases once more, and theirs once."""
-    total = 0.0
+    """Only `up` is computed: the product with a weight rounds once, the sum of the biases once more, and theirs once.
+
+    The change itself is summed in double precision, over features in any order: a sum of n terms is off by n u of their sizes.
+    """
+    total = summed = 0.0
     for weight, adapter in zip(case["weights"], (case["first"], case["second"])):
-        bent = F.gelu(case["h"].double() @ adapter["down.weight"].double().T + adapter["down.bias"].double()).abs()
-        total += abs(weight) * (bent @ adapter["up.weight"].double().abs().T + adapter["up.bias"].double().abs()).max().item()
+        down, down_bias, up, up_bias = (
+            adapter[f"{part}.{kind}"].double() for part in ("down", "up") for kind in ("weight", "bias")
+        )
+        bent = F.gelu(case["h"].double() @ down.T + down_bias).abs()
+        sizes = case["h"].double().abs() @ down.abs().T + down_bias.abs()  # |gelu(z)| <= |z|, and its slope is below 1.2
+        total += abs(weight) * (bent @ up.abs().T + up_bias.abs()).max().item()
+        summed += abs(weight) * (1.2 * sizes @ up.abs().T + up_bias.abs()).max().item()
+    terms = case["h"].shape[-1] + sum(len(case[adapter]["down.bias"]) for adapter in ("first", "second"))
     # Half precision: every entry of `up` is off by u at most, up or down; 2 u is the bound, and it is below one percent.
-    return {"the change that the joined adapter makes": torch.finfo(case["first"]["up.bias"].dtype).eps * total}
+    rounded = torch.finfo(case["first"]["up.bias"].dtype).eps * total
+    return {"the change that the joined adapter makes": rounded + terms * torch.finfo(torch.float64).eps * summed}
 
 
 _ROWS = '[first["down.weight"], second["down.weight"]]'

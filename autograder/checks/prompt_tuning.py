@@ -357,14 +357,15 @@ def memory_case(generator: torch.Generator, side: str = "left", layers: int = 1)
 def memory_tolerance(case: dict) -> dict[str, float]:
     """Return by how much a sparing answer may exceed the spec's bytes.
 
-    For the saved tensors, two copies of the embedded sequence, for whoever sorts it before and after; and where there is no mask,
-    one of ones with each row's own cos and sin, fp32, for eight features a head, and the (seq, seq) mask that comes of it.
+    For the saved tensors, two copies of the embedded sequence, with the int64 indices, for whoever sorts it before and after; and
+    where there is no mask, one of ones with each row's own cos and sin, fp32, for eight features a head, and the (seq, seq) mask
+    that comes of it.
     """
     batch, seq = case["input_ids"].shape
     length, hidden = case["start"].shape
     seq += length
     own_tables = 0 if case["attention_mask"] is not None else batch * seq * (2 * 8 * 4 + seq)
-    return {_SAVED: 2 * 4 * batch * seq * hidden + own_tables}
+    return {_SAVED: 2 * batch * seq * (4 * hidden + 8) + own_tables}
 
 
 check_prompted_memory = Exercise(

@@ -788,11 +788,16 @@ def sum_case(
 
 
 def sum_tolerance(case: dict) -> dict[str, float]:
-    """Each entry of the product is a sum of r1 + r2 terms with up to four roundings each: the weight, its roots, the product."""
-    w1, w2 = map(abs, case["weights"])
-    B1, A1, B2, A2 = (case[name].double().abs() for name in ("B1", "A1", "B2", "A2"))
-    terms = (w1 * B1 @ A1 + w2 * B2 @ A2).max().item()
-    return {"the product B @ A": (A1.shape[0] + A2.shape[0] + 4) * _eps(case["B1"]) * terms}
+    """Each entry of the product is a sum of r1 + r2 terms with up to four roundings each: the weight, its roots, the product.
+
+    Factors from a computed SVD are those of a matrix that differs by max(m, n) * eps * sigma_1 (see `factors_tolerance`).
+    """
+    w1, w2 = case["weights"]
+    B1, A1, B2, A2 = (case[name].double() for name in ("B1", "A1", "B2", "A2"))
+    terms = (abs(w1) * B1.abs() @ A1.abs() + abs(w2) * B2.abs() @ A2.abs()).max().item()
+    total = w1 * B1 @ A1 + w2 * B2 @ A2
+    decomposed = max(total.shape) * _eps(total) * torch.linalg.matrix_norm(total, 2).item()
+    return {"the product B @ A": (A1.shape[0] + A2.shape[0] + 4) * _eps(case["B1"]) * terms + decomposed}
 
 
 _COLUMNS, _ROWS = "[w1 * B1, w2 * B2]", "[A1, A2]"

@@ -63,17 +63,20 @@ def calculator() -> None:
         _draw("LLaMA-7B", "LoRA", 1, 512, True, "RTX 4090, 24 GB")
         print("Install ipywidgets for controls: pip install ipywidgets")
         return
-    wide = {"description_width": "initial"}
+    shown = {"style": {"description_width": "9em"}, "layout": {"width": "28em"}}
+    steps = shown | {"continuous_update": False}
     ipywidgets.interact(
         _draw,
-        model=ipywidgets.Dropdown(options=[name for name in PRESETS if name != "tiny"], value="LLaMA-7B"),
-        recipe=ipywidgets.Dropdown(options=list(RECIPES), value="LoRA"),
-        batch_size=ipywidgets.SelectionSlider(options=[1, 2, 4, 8, 16, 32], value=1, style=wide, continuous_update=False),
-        sequence_length=ipywidgets.SelectionSlider(
-            options=[128, 256, 512, 1024, 2048, 4096, 8192], value=512, style=wide, continuous_update=False
+        model=ipywidgets.Dropdown(
+            description="model", options=[name for name in PRESETS if name != "tiny"], value="LLaMA-7B", **shown
         ),
-        checkpointing=ipywidgets.Checkbox(value=True),
-        gpu=ipywidgets.Dropdown(options=list(GPUS), value="RTX 4090, 24 GB"),
+        recipe=ipywidgets.Dropdown(description="recipe", options=list(RECIPES), value="LoRA", **shown),
+        batch_size=ipywidgets.SelectionSlider(description="batch size", options=[1, 2, 4, 8, 16, 32], **steps),
+        sequence_length=ipywidgets.SelectionSlider(
+            description="sequence length", options=[128, 256, 512, 1024, 2048, 4096, 8192], value=512, **steps
+        ),
+        checkpointing=ipywidgets.Checkbox(description="checkpointing", value=True, **shown),
+        gpu=ipywidgets.Dropdown(description="GPU", options=list(GPUS), value="RTX 4090, 24 GB", **shown),
     )
 
 

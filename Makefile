@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments comparison fresh benchmark site grade feedback prove sandbox format clean
+.PHONY: help setup lab test build experiments comparison fresh benchmark site grade feedback prove sandbox browser format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt data-requirements.txt
 lab: $(READY) ## open JupyterLab on course/
 	$(BIN)/jupyter lab --notebook-dir=course $(if $(filter 0,$(shell id -u)),--allow-root)
 
-test: $(READY) sandbox ## lint, and run every test, every notebook among them with its experiments cut to two steps
+test: $(READY) sandbox browser ## lint, and run every test, every notebook among them with its experiments cut to two steps
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses auto
@@ -63,6 +63,14 @@ sandbox:
 	echo "For grading in a sandbox, install it: sudo apt-get install bubblewrap"; exit 0; fi; \
 	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq bubblewrap >/dev/null; } || \
 	echo "bubblewrap could not be installed: see your system's documentation"
+
+# The tests drive a real one; without it they skip, and say so.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; else \
+	echo "For the tests in a browser, install one: sudo apt-get install chromium"; exit 0; fi; \
+	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium >/dev/null; } || \
+	echo "Chromium could not be installed: see your system's documentation"
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .

@@ -20,13 +20,15 @@ from autograder.reference import units
 from peftlab.results import SHIPPED
 
 
-def run(notebook: NotebookNode, folder: Path, *, short: bool, timeout: int = 3600) -> NotebookNode:
+def run(notebook: NotebookNode, folder: Path, *, short: bool) -> NotebookNode:
     """Execute a notebook in `folder`, its results rows going to `folder/results`; return it with its outputs.
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell fails.
+        nbclient.exceptions.CellTimeoutError: if a cell takes an hour, or ten minutes in a short run.
     """
     settings = {"PEFTLAB_SHORT": "1" if short else "0", "PEFTLAB_RESULTS": str(folder / "results")}
+    timeout = 600 if short else 3600
     client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     return client.execute(env={**os.environ, **settings})
 

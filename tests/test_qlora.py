@@ -22,6 +22,7 @@ from peftlab.dynamic_code import dynamic_code, nearest_code
 from peftlab.llama import PRESETS, Llama, causal_loss, set_gradient_checkpointing
 from peftlab.memory import measure_training_step
 from peftlab.simulate import simulate_training_step
+from peftlab.training import trainable, twenty_steps
 
 MASTER = load_reference("10_qlora")
 IMPLEMENTATIONS = pytest.mark.parametrize("ours", [spec, MASTER], ids=["spec", "master"])
@@ -42,7 +43,7 @@ def _benchmark():
 BENCHMARK = _benchmark()
 
 
-def pair(ours, double, compute=torch.float32, bias=False, shape=(96, 160)):
+def pair(ours, double, compute=torch.float32, bias=False, shape=(96, 192)):
     """Return our layer and bitsandbytes', from the same weight."""
     torch.manual_seed(0)
     linear = nn.Linear(shape[1], shape[0], bias=bias)
@@ -67,7 +68,7 @@ def test_dequantized_weights_are_equal_to_the_bit(ours, dtype, double):
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_forward_and_backward_are_those_of_linear4bit(ours, double, bias):
     layer, theirs = pair(ours, double, bias=bias)
-    x = torch.randn(2, 7, 160)
+    x = torch.randn(2, 7, 192)
     results = []
     for module in (layer, theirs.train()):
         given = x.clone().requires_grad_()
@@ -76,7 +77,7 @@ def test_forward_and_backward_are_those_of_linear4bit(ours, double, bias):
         results.append((output.detach(), given.grad))
     # A dot product of n terms rounds n times at most, by eps / 2 of the sum of their sizes; two answers, twice that.
     eps, weight = torch.finfo(torch.float32).eps, layer.dequantized().abs()
-    bounds = (160 * eps * (x.abs() @ weight.T + 1).max(), 96 * eps * weight.sum(0).max())
+    bounds = (192 * eps * (x.abs() @ weight.T + 1).max(), 96 * eps * weight.sum(0).max())
     for mine, other, bound in zip(*results, bounds, strict=True):
         assert (mine - other).abs().max() <= bound
 
@@ -85,27 +86,13 @@ def test_forward_and_backward_are_those_of_linear4bit(ours, double, bias):
 def test_twenty_steps_of_qlora_have_the_losses_of_peft(ours):
     """The same NF4 base, the same start: losses differ by rounding, which 20 steps of AdamW carry on but do not blow up."""
     torch.manual_seed(0)
-    model = Llama(PRESETS["tiny"])
+    model = Llama(replace(PRESETS["tiny"], intermediate_size=192))  # whole blocks a row: see tests/test_quantization.py
     theirs = BENCHMARK.library_model(model)
     ours.qlora(model, BENCHMARK.quantizer(ours))
     BENCHMARK.copy_factors(theirs, model)
-    losses = []
-    for network, loss in (
-        (model, lambda ids: causal_loss(model, ids, ids)),
-        (theirs, lambda ids: theirs(input_ids=ids, labels=ids).loss),
-    ):
-        network.train()
-        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
-        tokens = torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1))
-        curve = []
-        for batch in tokens:
-            optimizer.zero_grad()
-            value = loss(batch)
-            value.backward()
-            optimizer.step()
-            curve.append(value.detach())
-        losses.append(torch.stack(curve))
-    assert ((losses[0] - losses[1]).abs() / losses[1]).max() <= 1e-5
+    mine = twenty_steps(trainable(model.train()).values(), lambda ids: causal_loss(model, ids, ids))
+    other = twenty_steps(trainable(theirs.train()).values(), lambda ids: theirs(input_ids=ids, labels=ids).loss)
+    assert ((mine - other).abs() / other).max() <= 1e-5
 
 
 @IMPLEMENTATIONS
@@ -265,11 +252,11 @@ def test_a_merged_layer_gives_the_output_of_the_adapted_one(ours):
     base, _ = pair(ours, double=True)
     layer = ours.QLoRALinear(base, 4, 8.0)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(5, 160)
+    x = torch.randn(5, 192)
     merged = nn.functional.linear(x, ours.merged_weight(layer))
-    # As for a dot product of 160 terms and one of 4, twice.
+    # As for a dot product of 192 terms and one of 4, twice.
     weight = base.dequantized().abs() + 2 * layer.lora_B.abs() @ layer.lora_A.abs()
-    assert (merged - layer(x)).abs().max() <= 170 * torch.finfo(torch.float32).eps * (x.abs() @ weight.T).max()
+    assert (merged - layer(x)).abs().max() <= 202 * torch.finfo(torch.float32).eps * (x.abs() @ weight.T).max()
 
 
 def _repacks() -> bool:
@@ -280,18 +267,22 @@ def _repacks() -> bool:
 def test_bitsandbytes_repacks_a_weight_in_eval_mode_and_loses_the_gradient():
     """Should this fail, the bug has been put right: take the work-around out of notebook, benchmark and tests."""
     torch.manual_seed(0)
-    layer = BENCHMARK.linear_4bit(nn.Linear(160, 96, bias=False), True, torch.float32, work_around=False)
-    layer.eval()(torch.randn(2, 160))
-    x = torch.randn(2, 160, requires_grad=True)
+    layer = BENCHMARK.linear_4bit(nn.Linear(192, 96, bias=False), True, torch.float32, work_around=False)
+    layer.eval()(torch.randn(2, 192))
+    x = torch.randn(2, 192, requires_grad=True)
     output = layer.train()(x)
-    assert not output.requires_grad
+    if output.requires_grad:  # it says so, but there is no formula behind it; torch warns
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output.sum().backward()
+    assert x.grad is None
 
 
 @IMPLEMENTATIONS
 def test_with_the_work_around_an_eval_pass_changes_nothing(ours):
     mine, layer = pair(ours, double=True)
-    layer.eval()(torch.randn(2, 160))
-    x = torch.randn(2, 160, requires_grad=True)
+    layer.eval()(torch.randn(2, 192))
+    x = torch.randn(2, 192, requires_grad=True)
     output = layer.train()(x)
     output.sum().backward()
     assert x.grad is not None
@@ -300,7 +291,7 @@ def test_with_the_work_around_an_eval_pass_changes_nothing(ours):
 
 def test_our_layers_do_not_care_about_modes():
     mine, _ = pair(MASTER, double=True)
-    x = torch.randn(2, 160, requires_grad=True)
+    x = torch.randn(2, 192, requires_grad=True)
     before = mine.eval()(x.detach())
     output = mine.train()(x)
     output.sum().backward()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autograder.cases import between, total_bytes
+from autograder.cases import between, read_safetensors, total_bytes
 from autograder.drive import Observation
 from autograder.exercise import Exercise
 from peftlab.llama import Llama, LlamaConfig
@@ -927,14 +927,7 @@ def drive_files(save_trained, load_trained, sizes, tied, dtype, seed, trained, m
 
 def read_files(observation: Observation, case: dict) -> Observation:
     """Read the file, as bytes, without the student's help, and hold what was loaded against what was saved."""
-    names, tensors = "not in safetensors format", {}
-    try:
-        from safetensors.torch import load
-
-        tensors = load(observation["file"].numpy().tobytes())
-        names = sorted(tensors)
-    except Exception:
-        pass
+    names, tensors, size = read_safetensors(observation["file"])
     wanted, fresh = observation["wanted"], observation["fresh"]
 
     def joined(values: dict) -> Tensor:
@@ -945,7 +938,7 @@ def read_files(observation: Observation, case: dict) -> Observation:
     return {
         "the list of names in the file": parts(names, tensors_of_a_layer=3) if isinstance(names, list) else names,
         "the names in the file are the parameters' own, in full": names == sorted(wanted),
-        "bytes of the file": len(observation["file"]) if tensors else 0,
+        "bytes of the file": size,
         "what the tensors in the file hold": joined(tensors),
         "the list of errors when the file is loaded into a fresh model, and into a frozen one,": observation["loading"],
         "what the parameters hold after loading into a fresh model": joined(

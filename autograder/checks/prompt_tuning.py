@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between, normal, total_bytes
+from autograder.cases import between, normal, read_safetensors, total_bytes
 from autograder.drive import Observation
 from autograder.exercise import Exercise
 from peftlab.llama import IGNORE, LlamaConfig, LlamaModel
@@ -1073,17 +1073,10 @@ def drive_prompt_files(save_prompt, load_prompt, prompt, other, base, misfits):
 
 def read_prompt_files(observation: Observation, case: dict) -> Observation:
     """Read the file, as bytes, without the student's help."""
-    tensors, names = {}, "not in safetensors format"
-    try:
-        from safetensors.torch import load
-
-        tensors = load(observation["file"].numpy().tobytes())
-        names = sorted(tensors)
-    except Exception:
-        tensors = {}
+    names, tensors, size = read_safetensors(observation["file"])
     return {
         "the list of names in the file": names,
-        "bytes of the file": len(observation["file"]) if tensors else 0,
+        "bytes of the file": size,
         **{f"{name} in the file": tensor for name, tensor in tensors.items()},
         "the error when loading what was saved": observation["loading"],
         "soft_prompt after loading": observation["loaded"],

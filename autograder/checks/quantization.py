@@ -114,6 +114,9 @@ check_absmax_int8 = Exercise(
         "the range from min to max is mapped: absmax quantization is symmetric, and zero gets code 0": {
             _ROUNDED: "((block - block.min()) * (254 / (block.max() - block.min())) - 127).round().to(torch.int8)"
         },
+        "absmax has an axis too many: its shape is (blocks,), so leave out `keepdim` or take the axis away again": {
+            "return codes, absmax": "return codes, absmax[:, None]"
+        },
         "the codes are not int8: that dtype is what makes them small": {
             ".to(torch.int8)": "",
             "dtype=torch.int8": "dtype=torch.float32",

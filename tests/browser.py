@@ -15,7 +15,7 @@ from pathlib import Path
 from playwright.sync_api import Locator, Page, expect
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-SECONDS = 90
+SECONDS = 240
 """How long a page, a kernel or a cell may take: a busy machine is slow, and nothing here measures time."""
 
 

@@ -8,6 +8,7 @@ from autograder import comparison
 from autograder.comparison import LADDER, METHODS, TRAINING, Comparison
 from peftlab import plots, results
 from peftlab.comparison import (
+    TASKS,
     UNIT,
     chosen_rate,
     late_loss,
@@ -205,3 +206,12 @@ def test_the_pareto_picture_joins_what_is_on_the_front():
     axes = plots.pareto(points, ["cheap", "dear"], "Scores", "MiB", "score (%)").axes[0]
     assert axes.get_legend_handles_labels()[1] == ["cheap", "dear", "between"]
     assert axes.lines[0].get_xydata().tolist() == [[1.0, 50.0], [9.0, 80.0]]
+
+
+def test_unit_10_says_of_its_rows_what_they_say():
+    """A point below LoRA on reviews, three on tool calls, where LoRA's seeds lie ten apart: numbers that stand in its prose."""
+    found = {}
+    for task in TASKS:
+        qlora, lora = (summary(rows(method, task)) for method in ("qlora", "lora"))
+        found[task] = (round(100 * (qlora.score - lora.score)), round(100 * lora.spread))
+    assert found["movie_reviews"][0] == -1 and found["tool_calls"] == (-3, 10)

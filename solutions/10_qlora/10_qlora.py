@@ -898,8 +898,9 @@ for task in comparison.TASKS:
         )
 
 # %% [markdown]
-# *What to see.* Hold the difference of the means against the spreads beside it. Dettmers et al. find no loss against 16 bits (section 4). (If your copy of
-# SmolLM2 is the one that pip installs, it has been quantized once before; see unit 09.)
+# *What to see.* Hold the difference of the means against the spreads beside it. Dettmers et al. find no loss against 16 bits (section 4). In the rows that
+# come with the course QLoRA ends a point below LoRA on reviews, and three below on tool calls, where LoRA's own three seeds lie ten points
+# apart: three seeds cannot tell such a difference from luck. (If your copy of SmolLM2 is the one that pip installs, it has been quantized once before; see unit 09.)
 #
 # ### Slower or faster?
 #

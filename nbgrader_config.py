@@ -37,4 +37,11 @@ c.Autograde.autograde_preprocessors = [
 c.GenerateFeedback.preprocessors = [HideRubric, ClearHiddenTests, *GenerateFeedback.preprocessors.default_args[0]]
 c.HTMLExporter.sanitize_html = True
 # Sanitized HTML has lost its pictures, which come as images, too.
-c.NbConvertBase.display_data_priority = ["image/png", "image/jpeg", "text/html", "text/markdown", "text/latex", "text/plain"]
+c.HTMLExporter.NbConvertBase.display_data_priority = [
+    "image/png",
+    "image/jpeg",
+    "text/html",
+    "text/markdown",
+    "text/latex",
+    "text/plain",
+]

@@ -133,7 +133,7 @@ def press(page: Page, icon: str, said: str) -> None:
     page.locator(f"tbody .glyphicon-{icon}").click()
     expect(page.locator(".modal.in")).to_contain_text(said)
     page.locator(".modal.in .btn-primary").click()
-    expect(page.locator(".modal.in")).to_have_count(0)
+    expect(page.locator(".modal-backdrop")).to_have_count(0)
 
 
 def fill(page: Page, field: str, content: str) -> None:

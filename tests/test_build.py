@@ -5,9 +5,10 @@ import re
 import jupytext
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 
 from autograder import index
-from autograder.build import COURSE, drift, generate, instructor_notebook, main, write_instructor_notebook
+from autograder.build import COURSE, course_config, drift, generate, instructor_notebook, main, write_instructor_notebook
 from autograder.reference import load_reference, master_path, units
 
 pytestmark = pytest.mark.xdist_group("build")
@@ -120,3 +121,19 @@ def test_the_glossary_is_sorted_and_its_links_lead_to_units():
     for term, line in zip(terms, lines, strict=True):
         links = re.findall(r"\]\(([^)]+)\)", line)
         assert links and all((COURSE / link).is_file() for link in links), term
+
+
+def test_a_picture_stays_where_html_is_sanitized(tmp_path):
+    """A figure is sent as an image and as HTML, for its alt text; feedback cleans HTML of data."""
+    outputs = [
+        {
+            "output_type": "display_data",
+            "metadata": {},
+            "data": {"image/png": "iVBORw0KGgo=", "text/html": '<img src="data:,x">'},
+        },
+        {"output_type": "display_data", "metadata": {}, "data": {"text/html": "<b>7</b><script>alert(1)</script>"}},
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[nbformat.from_dict(o) for o in outputs])])
+    page, _ = HTMLExporter(config=course_config(tmp_path)).from_notebook_node(notebook)
+    assert 'src="data:image/png;base64,iVBORw0KGgo="' in page
+    assert "<b>7</b>" in page and "<script>alert" not in page

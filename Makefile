@@ -55,22 +55,23 @@ grade: $(READY) sandbox ## grade the submissions of UNIT, or of all units, and w
 feedback: $(READY) ## write the feedback for UNIT, with what people have marked by hand
 	$(BIN)/nbgrader generate_feedback $(UNIT) --force
 
-# Student code runs in bubblewrap. Where we may not install it, the command is named, and grading insists on a flag.
-sandbox:
-	@command -v bwrap >/dev/null && exit 0; \
-	[ "$$(uname)" = Linux ] || { echo "Grading in a sandbox needs Linux; the rest works without."; exit 0; }; \
+# What we may not install is named: $(call installed,COMMANDS,PACKAGE,WHAT IT IS FOR)
+define installed
+	@for name in $(1); do command -v $$name >/dev/null && exit 0; done; \
+	[ "$$(uname)" = Linux ] || { echo "$(3) needs $(2), on Linux; the rest works without."; exit 0; }; \
 	if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; else \
-	echo "For grading in a sandbox, install it: sudo apt-get install bubblewrap"; exit 0; fi; \
-	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq bubblewrap >/dev/null; } || \
-	echo "bubblewrap could not be installed: see your system's documentation"
+	echo "For $(3), install it: sudo apt-get install $(2)"; exit 0; fi; \
+	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq $(2) >/dev/null; } || \
+	echo "$(2) could not be installed: see your system's documentation"
+endef
 
-# The tests drive a real one; without it they skip, and say so.
+# Student code runs in bubblewrap: without it grading insists on a flag.
+sandbox:
+	$(call installed,bwrap,bubblewrap,grading in a sandbox)
+
+# Without a browser its tests are skipped, and say so.
 browser:
-	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
-	if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; else \
-	echo "For the tests in a browser, install one: sudo apt-get install chromium"; exit 0; fi; \
-	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq chromium >/dev/null; } || \
-	echo "Chromium could not be installed: see your system's documentation"
+	$(call installed,chromium chromium-browser google-chrome,chromium,testing in a browser)
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,11 @@ def solution_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [
         cell for cell in notebook.cells if cell.cell_type == "code" and _marked(cell, "solution") and not _marked(cell, "grade")
     ]
+
+
+def without_markers(source: str) -> str:
+    """Return a master's cell without the lines between which its solution stands."""
+    return re.sub(r" *### (?:BEGIN|END) SOLUTION\n?", "", source)
 
 
 def grade_ids(unit: str) -> list[str]:

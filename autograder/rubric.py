@@ -1,6 +1,5 @@
 """The rubric and the sample answers, shown to whoever marks a written question in formgrader, and to nobody else."""
 
-import re
 from functools import cache
 
 from nbformat import NotebookNode
@@ -9,7 +8,7 @@ from nbgrader.preprocessors import NbGraderPreprocessor
 from nbgrader.utils import is_grade, is_solution
 
 from autograder.build import instructor_notebook
-from autograder.reference import units
+from autograder.reference import units, without_markers
 
 TAG = "rubric"
 
@@ -44,7 +43,7 @@ class HideRubric(NbGraderPreprocessor):
 def rubrics_of(unit: str) -> dict[str, str]:
     """Return the solution of each of a unit's written questions, by its grade id, as Markdown."""
     return {
-        cell.metadata.nbgrader.grade_id: re.sub(r"### (?:BEGIN|END) SOLUTION\n?", "", cell.source).strip()
+        cell.metadata.nbgrader.grade_id: without_markers(cell.source).strip()
         for cell in instructor_notebook(unit).cells
         if is_grade(cell) and is_solution(cell)
     }

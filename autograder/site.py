@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 
 from autograder.build import COURSE, ROOT, instructor_notebook
 from autograder.index import INDEX
-from autograder.reference import units
+from autograder.reference import units, without_markers
 from autograder.run_masters import run
 from peftlab import settings
 
@@ -55,7 +55,7 @@ def page(executed: NotebookNode) -> NotebookNode:
     for cell in shown.cells:
         solved = "### BEGIN SOLUTION" in cell.source
         cell.source = re.sub(r"\n?### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", "", cell.source, flags=re.DOTALL)
-        cell.source = re.sub(r" *### (?:BEGIN|END) SOLUTION\n?", "", cell.source)
+        cell.source = without_markers(cell.source)
         if solved and cell.cell_type == "code":
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
         elif solved:

@@ -4,7 +4,6 @@ Each is the right solution with one cell replaced, or with something done to its
 it must lose. A check that is not named there is answered rightly, and must keep its points.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,10 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from autograder.build import instructor_notebook
-from autograder.reference import SOLUTIONS, solution_cells
+from autograder.reference import SOLUTIONS, solution_cells, without_markers
 
 UNIT = "08_lora"
-SOLUTION = {
-    cell["id"]: re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source) for cell in solution_cells(instructor_notebook(UNIT))
-}
+SOLUTION = {cell["id"]: without_markers(cell.source) for cell in solution_cells(instructor_notebook(UNIT))}
 MERGE = SOLUTION["merge"]
 WRONG_MERGE = MERGE.replace("layer.scaling * ", "", 1)
 AFTER_MERGE = ("check-merge", "check-adapter-files", "check-merge-into-head")

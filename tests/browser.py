@@ -55,7 +55,7 @@ def _answers(url: str) -> bool:
 
 
 class NotebookPage:
-    """A notebook that is open in JupyterLab; cells are named by their ids."""
+    """A notebook that is open in JupyterLab; a code cell is named by its id, or by something that stands in it alone."""
 
     def __init__(self, page: Page, address: str, path: str):
         self.page = page
@@ -68,7 +68,9 @@ class NotebookPage:
         found = self.page.evaluate(
             """async name => {
                 const notebook = window.jupyterapp.shell.currentWidget.content;
-                const index = notebook.widgets.findIndex(cell => cell.model.id === name);
+                const holds = cell => cell.model.type === 'code' && cell.model.sharedModel.source.includes(name);
+                let index = notebook.widgets.findIndex(cell => cell.model.id === name);
+                if (index < 0) index = notebook.widgets.findIndex(holds);
                 if (index < 0) return false;
                 notebook.activeCellIndex = index;
                 notebook.deselectAll();

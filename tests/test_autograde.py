@@ -13,7 +13,7 @@ from nbgrader.validator import Validator
 from attacks import SOLUTION, UNIT
 from autograder.build import instructor_notebook
 from autograder.exercise import Exercise
-from autograder.reference import exercises_of, load_reference, solution_cells, units
+from autograder.reference import exercises_of, load_reference, solution_cells, units, without_markers
 from classroom import Classroom, Mark, grade_class
 
 NOTEBOOKS = {"mistakes": 6, "variants": 3}
@@ -35,7 +35,7 @@ class Unit:
 @cache
 def look_at(unit: str) -> Unit:
     notebook = instructor_notebook(unit)
-    solution = {cell["id"]: _without_markers(cell.source) for cell in solution_cells(notebook)}
+    solution = {cell["id"]: without_markers(cell.source) for cell in solution_cells(notebook)}
     graded = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
     points = {cell["id"]: cell.metadata.nbgrader.points for cell in graded}
     checks = {_check_of(unit, exercise): exercise for exercise in exercises_of(unit)}
@@ -56,10 +56,6 @@ def _defined_in(solution: dict[str, str], name: str) -> str:
 def _check_of(unit: str, exercise: Exercise) -> str:
     (name,) = (name for name, value in vars(load_reference(unit)).items() if value is exercise)
     return name.replace("_", "-")
-
-
-def _without_markers(source: str) -> str:
-    return re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", source)
 
 
 def notebooks(unit: Unit, kind: str) -> dict[str, dict[str, str]]:

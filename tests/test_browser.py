@@ -55,17 +55,16 @@ def page(chromium) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """A student's copy of the course: the address of their JupyterLab, and the folder."""
+    """The address of a student's JupyterLab, on a copy of the unit."""
     root, home = tmp_path_factory.mktemp("course"), tmp_path_factory.mktemp("home")
     (root / UNIT).mkdir()
     shutil.copy(ROOT / "course" / UNIT / f"{UNIT}.ipynb", root / UNIT)
     with jupyterlab(root, home) as address:
-        yield address, root
+        yield address
 
 
 def test_a_student_fails_reads_why_mends_it_and_passes(page, course):
-    address, _ = course
-    notebook = NotebookPage(page, address, f"{UNIT}/{UNIT}.ipynb")
+    notebook = NotebookPage(page, course, f"{UNIT}/{UNIT}.ipynb")
     notebook.run("setup")
     notebook.run("count-parameters")
     expect(notebook.run("check-count-parameters")).to_contain_text("not written yet")
@@ -84,15 +83,14 @@ def test_a_student_fails_reads_why_mends_it_and_passes(page, course):
 
 
 def test_a_student_sees_pictures_and_turns_the_calculators_knobs(page, course):
-    address, _ = course
-    notebook = NotebookPage(page, address, f"{UNIT}/{UNIT}.ipynb")
+    notebook = NotebookPage(page, course, f"{UNIT}/{UNIT}.ipynb")
     notebook.run("setup")
-    families = notebook.run("3e5624fc3e46").locator("img")
+    families = notebook.run("families = {").locator("img")
     expect(families).to_be_visible()
     assert len(families.get_attribute("alt")) > 40
     page.screenshot(path=SCREENSHOTS / "picture.png")
 
-    calculator = notebook.run("4ad087011495").locator(".jp-OutputArea").first
+    calculator = notebook.run("calculator()").locator(".jp-OutputArea").first
     picture = calculator.locator("img")
     expect(picture).to_have_attribute("alt", re.compile("LLaMA-7B, LoRA, .* fits on RTX 4090"))
     calculator.locator("select").first.select_option("LLaMA-65B")
@@ -108,8 +106,7 @@ def test_a_student_sees_pictures_and_turns_the_calculators_knobs(page, course):
 
 
 def test_a_student_validates_the_notebook(page, course):
-    address, _ = course
-    NotebookPage(page, address, f"{UNIT}/{UNIT}.ipynb")
+    NotebookPage(page, course, f"{UNIT}/{UNIT}.ipynb")
     page.get_by_role("button", name="Validate").click()
     dialog = page.locator(".jp-Dialog")
     expect(dialog).to_contain_text("not written yet")

@@ -249,14 +249,14 @@ def test_on_a_cpu_paged_optimizers_are_ordinary_ones():
 # ---- merging, and bitsandbytes' bug ----------------------------------------------------------------------------------
 @IMPLEMENTATIONS
 def test_a_merged_layer_gives_the_output_of_the_adapted_one(ours):
-    base, _ = pair(ours, double=True)
+    base, _ = pair(ours, double=True, shape=(96, 160))  # rows that are not whole blocks
     layer = ours.QLoRALinear(base, 4, 8.0)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(5, 192)
+    x = torch.randn(5, 160)
     merged = nn.functional.linear(x, ours.merged_weight(layer))
-    # As for a dot product of 192 terms and one of 4, twice.
+    # As for a dot product of 160 terms and one of 4, twice.
     weight = base.dequantized().abs() + 2 * layer.lora_B.abs() @ layer.lora_A.abs()
-    assert (merged - layer(x)).abs().max() <= 202 * torch.finfo(torch.float32).eps * (x.abs() @ weight.T).max()
+    assert (merged - layer(x)).abs().max() <= 170 * torch.finfo(torch.float32).eps * (x.abs() @ weight.T).max()
 
 
 def _repacks() -> bool:
@@ -290,8 +290,8 @@ def test_with_the_work_around_an_eval_pass_changes_nothing(ours):
 
 
 def test_our_layers_do_not_care_about_modes():
-    mine, _ = pair(MASTER, double=True)
-    x = torch.randn(2, 192, requires_grad=True)
+    mine, _ = pair(MASTER, double=True, shape=(96, 160))
+    x = torch.randn(2, 160, requires_grad=True)
     before = mine.eval()(x.detach())
     output = mine.train()(x)
     output.sum().backward()

@@ -1093,7 +1093,7 @@ for checkpointing in (False, True):
 # ## 9. The same thing in peft and bitsandbytes
 #
 # Is it *QLoRA*, or something like it? Below, a small LLaMA exists twice with the same weights: as `transformers` model with bitsandbytes' `Linear4bit` and
-# peft's LoRA, and as our `Llama` with your layers. `Linear4bit` quantizes when it is moved to a device. The first loop is a work-around: where a CPU has
+# peft's LoRA, and as our `Llama` with your layers. `Linear4bit` quantizes when it is moved to a device. `four_bits` holds a work-around: where a CPU has
 # AVX512-BF16, bitsandbytes 0.50.2 repacks a weight at its first forward pass in `eval` mode, for good; training afterwards silently drops the
 # gradient through the base, and dequantizing and merging return garbage. One line a layer prevents it. On such a CPU it also misreads a weight
 # whose rows are not whole blocks: so all sizes here are multiples of 64.

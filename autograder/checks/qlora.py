@@ -130,6 +130,9 @@ check_fast_dequantize = Exercise(
             "levels.repeat_interleave(16), levels.repeat(16)": "levels.to(dtype).repeat_interleave(16), levels.to(dtype).repeat(16)",
             _PRODUCT: "blocks.mul_(absmax.to(dtype)[:, None])",
         },
+        "the table was cast to the target dtype, and the product is rounded to it, too: cast once, at the end": {
+            "levels.repeat_interleave(16), levels.repeat(16)": "levels.to(dtype).repeat_interleave(16), levels.to(dtype).repeat(16)",
+        },
         "absmax was rounded to the target dtype before it was multiplied: round once, at the end": {
             _PRODUCT: "blocks.mul_(absmax.to(dtype).float()[:, None])",
         },
@@ -150,6 +153,11 @@ check_fast_dequantize = Exercise(
             "packed.flatten().int()": "torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()",
             _GATHER: "levels.index_select(0, positions)",
         },
+        "every weight has an index of its own, and the product is a second copy: look up bytes, and multiply in place": """
+            def dequantize_nf4(packed, absmax, levels, shape, dtype, block_size=64):
+                codes = torch.cat([packed >> 4, packed & 0xF], dim=1).flatten().int()
+                return (levels[codes].view(-1, block_size) * absmax[:, None]).view(shape).to(dtype)
+        """,
         "the product is a second fp32 copy of the weight: multiply in place": {
             "blocks = values.view(-1, block_size)": "blocks = values.view(-1, block_size) * absmax[:, None]",
             _PRODUCT: "pass",

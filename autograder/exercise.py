@@ -34,8 +34,8 @@ class Exercise:
         spec: the functions or classes that a right answer consists of, under the names that the student uses.
         driver: `driver(*answers, **case)` uses the answers and returns what can be observed (see `autograder.drive`).
         cases: `cases(generator)` returns fresh random inputs, each a dict of the driver's keyword arguments.
-        mistakes: each sentence names a mistake, and edits of the spec's source, or a source, make it. They are the diagnosis that
-            a student reads and the wrong answers that the grader's tests must see rejected.
+        mistakes: each sentence names a mistake, and edits of the spec's source, or a source, make it. They are the diagnosis
+            that a student reads and the wrong answers that the grader's tests must see rejected.
         variants: right answers written differently, as source or as edits; the grader's tests must see them accepted.
         reading: turns a driver's observation into what is compared; runs on the trusted side.
         tolerance: the largest difference between two right answers, for a case, by field; fields not named must be equal.

@@ -4,6 +4,7 @@
     python -m autograder.comparison adapters bitfit        these methods
     python -m autograder.comparison prompt_tuning:random   one variant of a method
     python -m autograder.comparison --list                 what there is, and what has been measured
+    python -m autograder.comparison --again lora           measure a shipped row once more; both, side by side
 
 A row is saved as soon as it is measured, below `course/peftlab/measured/comparison`, and what is there is not measured again:
 it may be stopped at any time and started again, and several may run side by side on different methods. The methods are the
@@ -17,6 +18,7 @@ a single run at another rate, that rate gets the other seeds as well: what won m
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +31,7 @@ from torch import nn
 
 from autograder.reference import load_reference, units
 from peftlab import results, tasks
-from peftlab.comparison import UNIT, chosen_rate, late_losses, rows
+from peftlab.comparison import UNIT, chosen_rate, late_losses, rows, summary, twin_table
 from peftlab.experiment import fine_tune
 from peftlab.llama import Llama
 from peftlab.pretrained import load_smollm2
@@ -235,6 +237,20 @@ class Comparison:
         return None
 
 
+def again(name: str, variant: str, task_name: str) -> str:
+    """Measure a shipped row once more, the first at the chosen learning rate; return both side by side. Nothing is kept.
+
+    Raises:
+        ValueError: if there is no such row.
+    """
+    shipped = summary(rows(name, task_name, variant)).row
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PEFTLAB_RESULTS"] = folder
+        Comparison(Path(folder)).run(name, variant, task_name, shipped.settings["learning_rate"], shipped.settings["seed"])
+        measured = rows(name, task_name, variant, Path(folder))
+    return twin_table([(row, shipped) for row in measured])
+
+
 def chosen(names: list[str]) -> Iterator[tuple[str, str]]:
     """Yield the methods that the command line names, as `method` or `method:variant`.
 
@@ -256,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TRAINING, default=list(TRAINING))
     parser.add_argument("--folder", type=Path, default=results.SHIPPED, help="where rows are kept (default: the course's own)")
     parser.add_argument("--list", action="store_true", help="only say what has been measured")
+    parser.add_argument("--again", action="store_true", help="measure one shipped row of each once more, and print both")
     options = parser.parse_args(arguments)
     try:
         selected = list(chosen(options.methods))
@@ -265,6 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
     comparison = Comparison(options.folder)
     for name, variant in selected:
         for task_name in options.tasks:
+            if options.again:
+                print(again(name, variant, task_name), flush=True)
+                continue
             if not options.list:
                 comparison.measure(name, variant, task_name)
             found = rows(name, task_name, variant, options.folder)

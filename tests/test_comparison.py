@@ -20,6 +20,8 @@ from peftlab.comparison import (
     select,
     summary,
     sweep_table,
+    twin_table,
+    twins,
 )
 from peftlab.memory import StepMemory
 from peftlab.results import Row
@@ -136,6 +138,8 @@ def test_one_row_from_start_to_file(monkeypatch, tmp_path):
     assert first.memory == second.memory and first.memory.gradients == 4 * first.trainable_parameters
     assert first.losses[0] == second.losses[0] and first.losses != second.losses
     assert dataclasses.replace(first, settings={}).score_before == second.score_before
+    text = comparison.again("lora", "", "tool_calls")
+    assert text.startswith("tool_calls, lora, learning rate 0.003, seed 0") and "96.5%" in text and "2,442,240" in text
 
 
 @pytest.mark.parametrize(
@@ -215,3 +219,14 @@ def test_unit_10_says_of_its_rows_what_they_say():
         qlora, lora = (summary(rows(method, task)) for method in ("qlora", "lora"))
         found[task] = (round(100 * (qlora.score - lora.score)), round(100 * lora.spread))
     assert found["movie_reviews"][0] == -1 and found["tool_calls"] == (-3, 10)
+
+
+def test_twins_were_trained_alike():
+    shipped = [row(1e-3), row(1e-3, seed=1), row(3e-3), row(1e-3, variant="pfeiffer"), row(1e-3, task="tool_calls")]
+    own = dataclasses.replace(row(1e-3, score=0.8), settings={"learning_rate": 1e-3, "seed": 0, "steps": 40, "rank": 8})
+    assert twins([own], shipped) == [(own, shipped[0])]
+    assert twins([dataclasses.replace(own, short=True)], shipped) == []
+    assert twins([row(1e-3, seed=7)], shipped) == []
+    table = twin_table(twins([own], shipped))
+    assert table.startswith("movie_reviews, adapters, learning rate 0.001, seed 0\n") and "80.0%" in table
+    assert twin_table([]) == ""

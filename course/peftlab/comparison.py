@@ -4,13 +4,13 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from peftlab import results
-from peftlab.memory import step_table
+from peftlab.memory import MEBIBYTE, step_table
 from peftlab.results import Row
 
 TASKS = ("movie_reviews", "tool_calls")
@@ -197,3 +197,36 @@ def own_rows(folders: Iterable[Path] | None = None) -> list[Row]:
     for warning in caught:
         print(warning.message)
     return found
+
+
+def twins(own: Iterable[Row], others: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Return the pairs of rows that were trained in the same way: task, method and every setting that both of them name."""
+    others = list(others)
+    return [(mine, other) for mine in own for other in others if _trained_alike(mine, other)]
+
+
+def _trained_alike(first: Row, second: Row) -> bool:
+    kind = [(row.task, row.method, row.settings.get("variant", ""), row.short) for row in (first, second)]
+    named = first.settings.keys() & second.settings.keys()
+    return kind[0] == kind[1] and all(first.settings[name] == second.settings[name] for name in named)
+
+
+def twin_table(pairs: Iterable[tuple[Row, Row]]) -> str:
+    """Return each pair of `twins` side by side: what was measured here, and what comes with the course."""
+    lines = []
+    for mine, other in pairs:
+        run = f"{mine.task}, {mine.method}, learning rate {mine.settings['learning_rate']:g}, seed {mine.settings['seed']}"
+        lines += ["", run, f"{'':<20}{'here':>12}{'shipped':>12}"]
+        lines += [f"{name:<20}{show(mine):>12}{show(other):>12}" for name, show in _COMPARED.items()]
+        lines += [f"here: {mine.hardware}; shipped: {other.hardware}"]
+    return "\n".join(lines[1:])
+
+
+_COMPARED: dict[str, Callable[[Row], str]] = {
+    "score": lambda row: f"{row.score_after:.1%}",
+    "late loss": lambda row: f"{late_loss(row):.4f}",
+    "trained numbers": lambda row: f"{row.trainable_parameters:,}",
+    "file, bytes": lambda row: f"{row.adapter_bytes:,}",
+    "peak, MiB": lambda row: f"{row.memory.peak / MEBIBYTE:,.0f}",
+    "seconds a step": lambda row: f"{row.seconds_per_step:.2f}",
+}

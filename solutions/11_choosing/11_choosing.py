@@ -175,6 +175,14 @@ for task in STANDARD:
         print(f"{task:<15}{method:<15}{len(rows):>3} rows  {origin:<17} {machine(rows[0]) if rows else ''}")
 
 # %% [markdown]
+# How far does a row hold on another computer? Where one of yours was trained just as one of ours, here are both: scores may differ in the last points, for
+# other processors round otherwise; bytes should not.
+
+# %%
+pairs = comparison.twins(own, shipped)
+print(comparison.twin_table(pairs) or "None of your rows has a twin yet: the experiments of units 03 to 10 leave some.")
+
+# %% [markdown]
 # What happens to a damaged file? Here is a folder with a row of ours and a file that broke off in the middle:
 
 # %%

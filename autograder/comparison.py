@@ -67,8 +67,9 @@ class Method:
         unit: whose master has the solution; None for what needs none.
         prepare: given the master's solutions, the model and the ids of the task's instruction, makes of the model what
             is trained.
-        guess: the first learning rate, by task.
+        guess: the first learning rate, by the tasks that it is measured on.
         described: settings for the row.
+        steps: how many, if not as many as in `TRAINING`.
         keeps_outputs: whether the prepared model computes what the untrained one does.
         save: writes what was learned.
     """
@@ -77,6 +78,7 @@ class Method:
     prepare: Callable[[ModuleType | None, Llama, list[int]], object]
     guess: dict[str, float]
     described: dict
+    steps: int | None = None
     keeps_outputs: bool = True
     save: Callable[[nn.Module, Path], None] = save_trainable
 
@@ -144,6 +146,8 @@ METHODS = {
     ("full", ""): Method(None, lambda solution, model, instruction: None, _rates(3e-5, 1e-4), {}),
     ("lora", ""): Method(_LORA, _lora, _rates(3e-4, 1e-3), {"rank": 8, "alpha": 16.0}),
     ("qlora", ""): Method(_QLORA, _qlora, _rates(3e-4, 1e-3), {"rank": 8, "alpha": 16.0}, keeps_outputs=False),
+    ("lora", "long"): Method(_LORA, _lora, {"tool_calls": 3e-3}, {"rank": 8, "alpha": 16.0}, steps=120),
+    ("qlora", "long"): Method(_QLORA, _qlora, {"tool_calls": 3e-3}, {"rank": 8, "alpha": 16.0}, steps=120, keeps_outputs=False),
     ("layer_freezing", ""): Method(
         _FREEZING, lambda solution, model, instruction: solution.train_last(model, 4), _rates(3e-4, 3e-4), {"layers": 4}
     ),
@@ -203,6 +207,7 @@ class Comparison:
         if any((row.settings["learning_rate"], row.settings["seed"]) == (learning_rate, seed) for row in before):
             return
         method = METHODS[name, variant]
+        training = TRAINING[task_name] | ({"steps": method.steps} if method.steps else {})
         print(f"{name} {variant or ''} on {task_name}, learning rate {learning_rate:g}, seed {seed}", flush=True)
         torch.manual_seed(seed)
         model, tokenizer = load_smollm2()
@@ -222,7 +227,7 @@ class Comparison:
             memory=before[0].memory if before else None,
             total_parameters=base + sum(map(torch.numel, trainable(model).values())) if name == "qlora" else None,
             variant=variant,
-            **TRAINING[task_name],
+            **training,
             **method.described,
         )
 
@@ -281,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["PEFTLAB_RESULTS"] = str(options.folder)
     comparison = Comparison(options.folder)
     for name, variant in selected:
-        for task_name in options.tasks:
+        for task_name in filter(METHODS[name, variant].guess.__contains__, options.tasks):
             if options.again:
                 print(again(name, variant, task_name), flush=True)
                 continue

@@ -124,6 +124,8 @@ def drive_and_measure(
 def describe_error(error: BaseException) -> str:
     """Return `TypeName: message`, and the line of the student's cell that raised it, if there is one.
 
+    Where the driver failed on what the answer returned, it says so: nothing in the student's code has raised.
+
     It stands alone, for it also travels to the student's kernel as source.
     """
     import linecache
@@ -132,14 +134,16 @@ def describe_error(error: BaseException) -> str:
     if type(error).__name__ == "StudentError":  # described where it was raised
         return str(error)
     described = f"{type(error).__name__}: {error}".rstrip(": ")
-    frame, place = error.__traceback__, ""
+    frame, place, innermost = error.__traceback__, "", ""
     while frame:
         file = frame.tb_frame.f_code.co_filename
         line = linecache.getline(file, frame.tb_lineno).strip()
         ours = frame.tb_frame.f_code.co_name == "_call_driver" or line.startswith("_call_driver(")
         if "ipykernel" in file and not os.path.isfile(file) and not ours:  # how IPython names the cells that it compiles
             place = f" (line {frame.tb_lineno} of your cell: {line})"
-        frame = frame.tb_next
+        innermost, frame = frame.tb_frame.f_code.co_name, frame.tb_next
+    if innermost.startswith("drive_") and ("NoneType" in described or "unpack" in described):
+        return f"what came back cannot be used: {described}"  # the driver's own line raised, not the student's code
     return described + place
 
 

@@ -114,7 +114,10 @@ class Exercise:
         if RAISED in observed and RAISED not in expected:
             if observed[RAISED].startswith("NotImplementedError"):
                 return "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."
-            return f"your code raised {' '.join(observed[RAISED].split()).rstrip('.')}."
+            raised = " ".join(observed[RAISED].split()).rstrip(".")
+            if raised.startswith("what came back"):
+                return f"{raised}. Is a `return` missing, or one of the values that it should return?"
+            return f"your code raised {raised}."
         tolerance = self.tolerance(case)
         for name, wanted in expected.items():
             if name not in observed:

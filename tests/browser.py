@@ -20,8 +20,8 @@ SECONDS = 240
 
 
 @contextlib.contextmanager
-def jupyterlab(root: Path, home: Path) -> Iterator[str]:
-    """Run JupyterLab on `root`, with nothing of this account's own settings; yield its address."""
+def jupyterlab(root: Path, home: Path, python: Path | str = sys.executable) -> Iterator[str]:
+    """Run an environment's JupyterLab on `root`, with nothing of this account's own settings; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,7 +31,7 @@ def jupyterlab(root: Path, home: Path) -> Iterator[str]:
     notification.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
     folders = {name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
     environment = os.environ | folders | {"HOME": str(home), "JUPYTERLAB_SETTINGS_DIR": str(settings), "PEFTLAB_SHORT": "1"}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command = [python, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)

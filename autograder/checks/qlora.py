@@ -75,19 +75,20 @@ def drive_dequantize_nf4(dequantize_nf4, packed, absmax, levels, shape, dtype, b
         "the packed bytes afterwards": packed,
         "absmax afterwards": absmax,
         "the levels afterwards": levels,
-        "peak bytes a weight of all that was made (the fp32 values take 4, an index of four bytes for every two weights 2)": peak
-        / (2 * packed.numel()),
+        "peak bytes a weight of all that was made, beyond the 6 that fp32 values (4) and an index of bytes (2) take": max(
+            0.0, peak / (2 * packed.numel()) - 6
+        ),
     }
     elsewhere = dequantize_nf4(packed.to("meta"), absmax.to("meta"), levels.to("meta"), *target)
     return seen | {"the device of the weight, if all was on the device 'meta'": elsewhere.device.type}
 
 
-_PEAK = "peak bytes a weight of all that was made (the fp32 values take 4, an index of four bytes for every two weights 2)"
+_PEAK = "peak bytes a weight of all that was made, beyond the 6 that fp32 values (4) and an index of bytes (2) take"
 
 
 def fast_case(generator: torch.Generator, dtype: str = "float32", block_size: int = 64) -> dict:
     """Return random bytes for a weight whose rows are one and a half blocks long."""
-    rows = 200 * between(generator, 3, 5)
+    rows = 1000 * between(generator, 3, 5)
     columns = block_size * 3 // 2
     return {
         "packed": random_bytes(generator, rows * columns // 2, 1),
@@ -100,7 +101,10 @@ def fast_case(generator: torch.Generator, dtype: str = "float32", block_size: in
 
 
 def fast_tolerance(case: dict) -> dict[str, float]:
-    """Return what the table of bytes takes, twice, and a tenth of a byte a weight: what is wrong takes half a byte and more."""
+    """Return what the table of bytes takes, twice, and a tenth of a byte a weight: what is wrong takes half a byte and more.
+
+    Less than six bytes is no mistake: a weight can be made some blocks at a time, as the master does.
+    """
     return {_PEAK: 0.1 + 2 * 256 * 8 / (2 * case["packed"].numel())}
 
 

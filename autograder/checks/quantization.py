@@ -21,10 +21,11 @@ EPS = torch.finfo(torch.float32).eps
 def blocks_of_many_sizes(generator: torch.Generator, count: int, size: int) -> Tensor:
     """Return normal numbers in fp64, (count, size): of one scale a block, the largest negative in one block, one all zeros.
 
-    Neither the first nor the last block is that of zeros, one block has an outlier, and the first is small.
+    Neither the first nor the last block is that of zeros, one block has an outlier, the first is small, and the last tiny: a
+    number that keeps a divisor from zero must be smaller yet.
     """
     scales = 0.2 + 3 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
-    scales[0] = 0.03
+    scales[0], scales[-1] = 0.03, 1e-9
     blocks = scales * normal(generator, count, size, dtype=torch.float64)
     zero, negative, outlier = (1 + torch.randperm(count - 2, generator=generator)[:3]).tolist()
     blocks[zero] = 0
@@ -60,11 +61,17 @@ def from_int8(codes: Tensor, absmax: Tensor) -> Tensor:
 def drive_int8(absmax_int8, from_int8, blocks, other_codes, other_absmax):
     """Quantize blocks, and dequantize codes that the case supplies: the second must not depend on the first."""
     codes, absmax = absmax_int8(blocks)
+    try:
+        back = from_int8(other_codes, other_absmax)
+    except NotImplementedError:
+        raise
+    except Exception as error:  # or it would hide what may be wrong with the first
+        back = f"{type(error).__name__}: {error}"
     return {
         "absmax": absmax,
         "the codes": codes,
-        "what from_int8 returns": from_int8(other_codes, other_absmax),
-        "the blocks that were given, afterwards,": blocks,
+        "what from_int8 returns": back,
+        "the blocks after the call": blocks,
     }
 
 
@@ -103,6 +110,15 @@ check_absmax_int8 = Exercise(
         },
         "only half of the codes are used: they go from -127 to 127, not from -63 to 63": {
             "127 / absmax[number]": "63 / absmax[number]"
+        },
+        "the scale is 128 / absmax: int8 ends at 127, so the steps are 127 on either side, and -128 is not used": {
+            _ROUNDED: "torch.round(block * (128 / absmax[number])).clamp(-128, 127).to(torch.int8)",
+        },
+        "the scale was rounded to the blocks' own dtype: go to fp32 before you divide": {
+            "127 / absmax[number]": "(127 / absmax[number]).bfloat16().float()"
+        },
+        "a block of tiny numbers loses its codes: what keeps the divisor from zero is too large": {
+            "127 / absmax[number]": "127 / absmax[number].clamp(min=1e-6)"
         },
         "one absmax for all blocks: each block, a row of `blocks`, has its own": {
             _ABSMAX: "torch.stack([blocks.abs().max() for block in blocks])"
@@ -256,6 +272,14 @@ check_levels = Exercise(
             _DOWN: "torch.linspace(outermost, 0.5, below)[:below].tolist()",
             _UP: "torch.linspace(outermost, 0.5, above)[:above].tolist()",
         },
+        "the levels are not sorted: they go from -1 up to 1": {
+            _SORTED: "[-NormalDist().inv_cdf(p) for p in reversed(down)] + [0.0] + [NormalDist().inv_cdf(p) for p in up]",
+        },
+        "the outermost probability was dropped, and 1/2 was kept: keep the first of each side, and drop the last": {
+            _DOWN: "torch.linspace(outermost, 0.5, below + 1)[1:].tolist()",
+            _UP: "torch.linspace(outermost, 0.5, above + 1)[1:].tolist()",
+        },
+        "zero is not among the levels: add it between the two sides": {" + [0.0] + ": " + "},
         "the levels descend: they go from -1 up to 1": {
             "return levels / levels.max()": "return (levels / levels.max()).flip(0)",
         },
@@ -365,6 +389,12 @@ check_nearest_level = Exercise(
         "the level above was taken: compare with the midpoints between levels, not with the levels": {
             _COMPARED: "x > levels[number - 1]"
         },
+        "the midpoints lack their half: the boundary between two levels is half their sum": {
+            "(levels[number - 1] + levels[number]) / 2": "levels[number - 1] + levels[number]",
+        },
+        "the levels are taken for boundaries: the boundaries are the midpoints between them": {
+            "return codes": "return torch.bucketize(x, levels).to(torch.uint8)",
+        },
         "the levels themselves were returned: return their indices": {
             "return codes": "return levels[codes.long()]",
         },
@@ -457,8 +487,8 @@ def read_pack(observation: Observation, case: dict) -> Observation:
         "what pack returns": observation["packed"],
         "the number of bytes that it keeps in memory": total_bytes([observation["kept"]]),
         "what unpack returns": observation["unpacked"],
-        "the codes that pack was given, afterwards,": observation["codes"],
-        "the bytes that unpack was given, afterwards,": observation["other"],
+        "the codes after pack": observation["codes"],
+        "the bytes after unpack": observation["other"],
     }
 
 
@@ -483,7 +513,7 @@ check_pack = Exercise(
     cases=lambda generator: [pack_case(generator), pack_case(generator)],
     at_most=frozenset({"the number of bytes that it keeps in memory"}),
     mistakes={
-        "the first code of a pair sits in the low half of the byte: it belongs into the high half": {
+        "the first code of a pair sits in the low half of the byte: it belongs in the high half": {
             _BYTE: "[16 * second + first]"
         },
         "code i shares its byte with code i + n/2: neighbours share a byte": {
@@ -594,6 +624,8 @@ def drive_quantize(quantize_4bit, quantize_nf4, weight, levels, other_levels, bl
         return (x[..., None] > (levels[:-1] + levels[1:]) / 2).sum(-1).byte()
 
     def pack(codes):
+        if codes.dim() != 1 and "pack" in theirs:
+            return theirs["pack"](codes)  # `pack` was promised codes in one row: what comes of others depends on it
         pairs = codes.reshape(-1, 2)
         return (pairs[:, :1] * 16 + pairs[:, 1:]).byte()
 
@@ -629,12 +661,12 @@ def read_quantize(observation: Observation, case: dict) -> Observation:
     return {
         "absmax": observation["absmax"],
         "packed": observation["packed"],
-        "packed, by quantize_nf4,": observation["by default"],
-        "bits a parameter, counted from the bytes that absmax and packed keep in memory,": (
+        "packed from quantize_nf4": observation["by default"],
+        f"the number of bits a parameter, in blocks of {case['block_size']}, that absmax and packed keep in memory": (
             8 * total_bytes(kept.values()) / case["weight"].numel()
         ),
         "the error for a weight that does not fill its last block": observation["refused"],
-        "the weight that was given, afterwards,": observation["weight"],
+        "the weight after the call": observation["weight"],
     }
 
 
@@ -646,7 +678,11 @@ def uneven_levels(generator: torch.Generator, count: int = 16) -> Tensor:
 
 
 def quantize_case(
-    generator: torch.Generator, dtype: torch.dtype = torch.float32, block_size: int = 32, transposed: bool = False
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 32,
+    transposed: bool = False,
+    axes: int = 2,
 ) -> dict:
     """Return a weight whose rows are one and a half blocks long, none of it near to the boundary of two levels.
 
@@ -658,7 +694,7 @@ def quantize_case(
     rows = 2 * between(generator, 2, 3)
     while True:
         blocks = blocks_of_many_sizes(generator, rows * 3 // 2, block_size).to(dtype)
-        absmax = blocks.abs().amax(1, keepdim=True).clamp(min=1e-6)
+        absmax = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
         midpoints = (levels[:-1] + levels[1:]) / 2
         if dtype.itemsize > 2:
             places = torch.randperm(block_size, generator=generator)
@@ -670,8 +706,8 @@ def quantize_case(
         rounded, exact = blocks * (1 / absmax), blocks.float() / absmax.float()
         if dtype.itemsize > 2 or not torch.equal(rounded[..., None] > midpoints, exact[..., None] > midpoints):
             break
-    weight = blocks.reshape(rows, -1)
-    weight = weight.T.contiguous().T if transposed else weight
+    weight = blocks.reshape(rows, -1) if axes == 2 else blocks.reshape(2, rows // 2, -1)
+    weight = weight.mT.contiguous().mT if transposed else weight
     return {"weight": weight, "levels": levels, "other_levels": other_levels, "block_size": block_size}
 
 
@@ -687,17 +723,23 @@ check_quantize = Exercise(
     spec=[quantize_4bit, quantize_nf4],
     driver=drive_quantize,
     reading=read_quantize,
-    cases=lambda generator: [quantize_case(generator), quantize_case(generator, torch.bfloat16, 64)],
+    cases=lambda generator: [
+        quantize_case(generator),
+        quantize_case(generator, torch.bfloat16, 64, axes=3),
+        quantize_case(generator, transposed=True),
+    ],
     # An absmax that was kept above zero, to divide by it, is as good as zero.
     tolerance=lambda case: {"absmax": 1e-30},
-    at_most=frozenset({"bits a parameter, counted from the bytes that absmax and packed keep in memory,"}),
+    at_most=frozenset(
+        f"the number of bits a parameter, in blocks of {size}, that absmax and packed keep in memory" for size in (32, 64, 128)
+    ),
     mistakes={
         "one absmax for the whole weight: each block has its own": {_LARGEST: "values.abs().max()"},
         "a block is a row of the weight: flatten first, and take `block_size` values at a time, whatever the rows are": {
             "values.split(block_size)": "weight.float()",
         },
         "the weight is flattened down its columns: a block is `block_size` neighbours in a row": {
-            _VALUES: "weight.T.reshape(-1).float()",
+            _VALUES: "weight.permute(*range(weight.dim())[::-1]).reshape(-1).float()",
         },
         "a block takes every n-th value: its values are neighbours": {
             "values.split(block_size)": "values.reshape(block_size, -1).T",
@@ -705,6 +747,34 @@ check_quantize = Exercise(
         "the largest is taken with its sign: it may be negative, so take `abs` first": {_LARGEST: "block.max()"},
         "the weights are not scaled: divide each block by its absmax before you look for levels": {_SCALED: "block"},
         "the weights are multiplied by absmax: quantizing divides by it, dequantizing multiplies": {_SCALED: "block * largest"},
+        "the codes are packed block by block: `pack` takes all codes in one row, so flatten them first": """
+            def pack(codes):
+                return ((codes[::2] << 4) | codes[1::2])[:, None]
+
+            def quantize_4bit(weight, levels, block_size=64):
+                if weight.numel() % block_size:
+                    raise ValueError("ragged")
+                blocks = weight.reshape(-1, block_size).float()
+                absmax = blocks.abs().amax(1)
+                return pack(nearest_level(blocks / absmax.clamp(min=1e-38)[:, None], levels)), absmax
+        """
+        + _QUANTIZE_NF4,
+        "`view` cannot flatten every weight, a transposed one for example: `reshape` copies where it must": {
+            _VALUES: "weight.view(-1).float()",
+        },
+        "the numbers come in the order in which they lie in memory: take them in the order in which the weight shows them": {
+            _VALUES: "torch.as_strided(weight, (weight.numel(),), (1,)).float()",
+        },
+        "a block of tiny weights loses its codes: what keeps the divisor from zero is too large": {
+            "clamp(min=1e-38)": "clamp(min=1e-6)",
+        },
+        "`levels` is not used: quantize_4bit takes whatever levels it is given": {
+            "pack(nearest_level(scaled, levels))": "pack(nearest_level(scaled, nf4_levels()))",
+        },
+        "a weight whose rows do not fill blocks was refused: what counts is the whole weight, and a block may go on in the next row": {
+            "if weight.numel() % block_size:": "if weight.shape[-1] % block_size:",
+            "{weight.numel()} weights do not fill blocks of {block_size}": "",
+        },
         "a block of zeros becomes NaN, as 0 * (1 / 0): keep absmax away from zero where you divide by it": {
             _SCALED: "block * (1 / largest)",
         },
@@ -817,14 +887,14 @@ def drive_dequantize(dequantize_4bit, dequantize_nf4, packed, absmax, levels, ot
         scope.update(theirs)
     return {
         "the weight": weight,
-        "the weight, by dequantize_nf4,": by_default,
+        "the weight from dequantize_nf4": by_default,
         "packed afterwards": packed,
         "absmax afterwards": absmax,
         "the levels afterwards": levels,
     }
 
 
-def dequantize_case(generator: torch.Generator, dtype: str = "float32", block_size: int = 32) -> dict:
+def dequantize_case(generator: torch.Generator, dtype: str = "float32", block_size: int = 32, axes: int = 2) -> dict:
     """Return random bytes for a weight whose rows are one and a half blocks long."""
     rows = 2 * between(generator, 3, 5)
     columns = block_size * 3 // 2
@@ -834,7 +904,7 @@ def dequantize_case(generator: torch.Generator, dtype: str = "float32", block_si
         "absmax": absmax,
         "levels": uneven_levels(generator),
         "other_levels": uneven_levels(generator),
-        "shape": [rows, columns],
+        "shape": [rows, columns] if axes == 2 else [2, rows // 2, columns],
         "dtype": dtype,
         "block_size": block_size,
     }
@@ -850,7 +920,7 @@ _PRODUCTS = "[block * largest for block, largest in zip(values.split(block_size)
 check_dequantize = Exercise(
     spec=[dequantize_4bit, dequantize_nf4],
     driver=drive_dequantize,
-    cases=lambda generator: [dequantize_case(generator), dequantize_case(generator, "bfloat16", 64)],
+    cases=lambda generator: [dequantize_case(generator), dequantize_case(generator, "bfloat16", 64, axes=3)],
     # One product in fp32 and one rounding: there is only one right answer.
     mistakes={
         "absmax is left out: the levels are between -1 and 1 and have to be scaled": {_PRODUCTS: "[values]"},
@@ -872,13 +942,16 @@ check_dequantize = Exercise(
         },
         "every value is multiplied by the same absmax: each block has its own": {_PRODUCTS: "[values * absmax[0]]"},
         "the weight lies flat: return it in `shape`": {".reshape(shape)": ""},
-        "the weight is transposed": {".reshape(shape)": ".reshape(shape[::-1]).T"},
+        "the weight is transposed": {".reshape(shape)": ".reshape(shape[::-1]).permute(*range(len(shape))[::-1])"},
         "the dtype asked for is ignored": {".to(dtype)": ""},
         "`block_size` is not used: it need not be 64": {
             _PRODUCTS: "[values * absmax.repeat_interleave(64)[: len(values)]]",
         },
         "the codes are taken for evenly spaced numbers: they are indices of levels": {
             _LEVELS: "unpack(packed).float() * (2 / 15) - 1",
+        },
+        "`levels` is not used: dequantize_4bit takes whatever levels it is given": {
+            _LEVELS: "nf4_levels()[unpack(packed).long()]"
         },
         "the levels are read in reverse": {_LEVELS: "levels.flip(0)[unpack(packed).long()]"},
     },
@@ -942,13 +1015,22 @@ def drive_double(double_quantize, undo_double, absmax, other_codes, other_nested
     codes, nested_absmax, offset = double_quantize(absmax)
     kept = {"codes": whole_storage(codes), "nested": whole_storage(nested_absmax)}
     equal = torch.full((5,), 0.75)
+
+    def undone(*quantized):
+        try:
+            return undo_double(*quantized)
+        except NotImplementedError:
+            raise
+        except Exception as error:  # or it would hide what may be wrong with double_quantize
+            return f"{type(error).__name__}: {error}"
+
     return {
         "offset": offset.clone() if torch.is_tensor(offset) else repr(offset),
         "nested": nested_absmax.clone(),
         "codes": codes.clone(),
         "kept": kept,
-        "undone": undo_double(other_codes, other_nested, other_offset),
-        "equal": undo_double(*double_quantize(equal)),
+        "undone": undone(other_codes, other_nested, other_offset),
+        "equal": undone(*double_quantize(equal)),
         "absmax": absmax,
         "others": [other_codes, other_nested, other_offset],
     }
@@ -963,19 +1045,21 @@ def read_double(observation: Observation, case: dict) -> Observation:
         "the codes": observation["codes"],
         "the number of bytes that codes and nested absmax keep in memory": total_bytes(observation["kept"].values()),
         "what undo_double returns": observation["undone"],
-        "five equal absmax, quantized and read back,": observation["equal"],
-        "the absmax that was given, afterwards,": observation["absmax"],
-        "the codes that were given, afterwards,": codes,
-        "the nested absmax that was given, afterwards,": nested,
-        "the offset that was given, afterwards,": offset,
+        "what comes back of five equal absmax": observation["equal"],
+        "absmax after the call": observation["absmax"],
+        "the codes after the call": codes,
+        "the nested absmax after the call": nested,
+        "the offset after the call": offset,
     }
 
 
 def double_case(generator: torch.Generator, low: int = 530, high: int = 700) -> dict:
     """Return absmax on a grid of 1024ths, three blocks with the last not full, none of it near to the boundary of two codes.
 
-    The sum is then exact in any order, and the mean rounded once, the same for everyone.
+    The sum is then exact in any order, and the mean rounded once, the same for everyone. Where bitsandbytes' table does not
+    give the nearest code, there is no number: whoever looks for the nearest is right, too.
     """
+    values = dynamic_code().double()
     count = between(generator, low, high)
     while True:
         middle = torch.tensor([900, 1500, 700, 1100])[: -(-count // 256)].repeat_interleave(256)[:count]
@@ -984,7 +1068,8 @@ def double_case(generator: torch.Generator, low: int = 530, high: int = 700) -> 
         centred = absmax.double() - absmax.double().mean()
         scaled = torch.cat([block / block.abs().max() for block in centred.split(256)])
         below, above = (nearest_code((scaled + shift).float()) for shift in (-2e-6, 2e-6))
-        if torch.equal(below, above):
+        nearest = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2)
+        if torch.equal(below, above) and torch.equal(below.long(), nearest):
             break
     other = between(generator, 300, 500)
     return {
@@ -1016,7 +1101,7 @@ check_double_quantize = Exercise(
     spec=[double_quantize, undo_double],
     driver=drive_double,
     reading=read_double,
-    cases=lambda generator: [double_case(generator)],
+    cases=lambda generator: [double_case(generator), double_case(generator, 512, 512)],
     tolerance=double_tolerance,
     at_most=frozenset({"the number of bytes that codes and nested absmax keep in memory"}),
     mistakes={
@@ -1046,6 +1131,29 @@ check_double_quantize = Exercise(
         "the last block is dropped because it is not full": {
             "centred.split(256)": "centred[: len(centred) // 256 * 256].split(256)",
         },
+        "where the last block is full, a whole block of zeros was added: pad by `-len % 256`, which is 0 then": """
+            def double_quantize(absmax):
+                offset = absmax.mean()
+                missing = 256 - len(absmax) % 256
+                blocks = torch.nn.functional.pad(absmax - offset, (0, missing)).view(-1, 256)
+                nested_absmax = blocks.abs().amax(1)
+                codes = nearest_code(blocks / nested_absmax.clamp(min=1e-30)[:, None])
+                return codes.flatten()[: len(absmax)], nested_absmax, offset
+
+            def undo_double(codes, nested_absmax, offset):
+                return dynamic_code()[codes.long()] * nested_absmax.repeat_interleave(256)[: len(codes)] + offset
+        """,
+        "the padding is not zero any more: subtract the mean first, then pad": """
+            def double_quantize(absmax):
+                offset = absmax.mean()
+                blocks = torch.nn.functional.pad(absmax, (0, -len(absmax) % 256)).view(-1, 256) - offset
+                nested_absmax = blocks.abs().amax(1)
+                codes = nearest_code(blocks / nested_absmax.clamp(min=1e-30)[:, None])
+                return codes.flatten()[: len(absmax)], nested_absmax, offset
+
+            def undo_double(codes, nested_absmax, offset):
+                return dynamic_code()[codes.long()] * nested_absmax.repeat_interleave(256)[: len(codes)] + offset
+        """,
         "the codes are not uint8: they would take more memory than they save": {
             "torch.cat(codes), torch": "torch.cat(codes).long(), torch"
         },
@@ -1093,6 +1201,18 @@ check_double_quantize = Exercise(
                 numbers = torch.arange(len(codes)) // 256
                 return torch.addcmul(offset.expand(len(codes)), values, nested_absmax[numbers])
         """,
+        "a search for the nearest code": """
+            def double_quantize(absmax):
+                offset, values = absmax.mean(), dynamic_code()
+                blocks = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
+                nested_absmax = blocks.abs().amax(1)
+                scaled = blocks / nested_absmax.clamp(min=1e-30)[:, None]
+                codes = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+                return codes.flatten()[: len(absmax)], nested_absmax, offset
+
+            def undo_double(codes, nested_absmax, offset):
+                return dynamic_code()[codes.long()] * nested_absmax.repeat_interleave(256)[: len(codes)] + offset
+        """,
         "in double precision": """
             def double_quantize(absmax):
                 offset = absmax.double().mean()
@@ -1124,18 +1244,19 @@ def bits_per_parameter(bits: int, block_size: int = 64, nested_block_size: int |
 
 def drive_bits(bits_per_parameter, settings):
     """Return the bits for several settings."""
-    return {
-        "bits_per_parameter" + "(" + ", ".join(map(str, arguments)) + ")": float(bits_per_parameter(*arguments))
-        for arguments in settings
-    }
+    seen = {}
+    for arguments in settings:
+        bits = bits_per_parameter(*arguments)
+        seen[f"bits_per_parameter({', '.join(map(str, arguments))})"] = bits if isinstance(bits, int | float) else repr(bits)
+    return seen
 
 
 def bits_case(generator: torch.Generator, low: int = 3, high: int = 9) -> dict:
-    """Return settings with and without double quantization, block sizes that are powers of two."""
+    """Return settings with and without double quantization, block sizes that are powers of two, and one that is not."""
     size, nested = (2 ** between(generator, low, high) for _ in range(2))
     nested = nested if nested != size else 2 * nested
-    bits = between(generator, 3, 7)
-    return {"settings": [[bits, size], [bits, size, nested], [8, 2 * size], [8, 2 * size, 4 * nested], [bits]]}
+    bits = between(generator, 5, 7)  # 4 would hide that `bits` is not used
+    return {"settings": [[bits, 24], [bits, size], [bits, size, nested], [8, 2 * size], [8, 2 * size, 4 * nested], [bits]]}
 
 
 _SINGLE = "(bits * block_size + 32) / block_size"
@@ -1155,6 +1276,14 @@ check_bits = Exercise(
         },
         "absmax is counted in bytes: 4 bytes are 32 bits": {_SINGLE: "(bits * block_size + 4) / block_size"},
         "absmax is counted once for every weight: a block shares one": {_SINGLE: "bits + 32.0"},
+        "`bits` is not used: a code need not have 4": {
+            _SINGLE: "4 + 32 / block_size",
+            _NESTED_BITS: "4 + 8 / block_size + 32 / weights",
+        },
+        "`//` cuts the fraction off: divide with `/`": {
+            _SINGLE: "bits + 32 // block_size",
+            _NESTED_BITS: "bits + 8 // block_size + 32 // weights",
+        },
         "`nested_block_size` is not used": {_NESTED_BITS: _SINGLE},
         "with double quantization the nested absmax is forgotten: one of 32 bits for every nested block": {
             _NESTED_BITS: "bits + 8 / block_size",
@@ -1223,12 +1352,13 @@ def drive_blocks(to_blocks, memory, block_size):
         "every other row": memory[::2],
         "some columns": memory[:, block_size : 3 * block_size],
         "a row, repeated without a copy": memory[1].expand(5, -1),
+        "a weight of three axes": memory.view(2, -1, memory.shape[1]),
     }
     seen = {}
     for name, view in views.items():
         blocks = to_blocks(view) if block_size == 64 else to_blocks(view, block_size)
         if not torch.is_tensor(blocks):
-            return {"what to_blocks returns": repr(blocks)}
+            raise TypeError(f"to_blocks should return a tensor, not {blocks!r}")
         seen[f"the blocks of {name}"] = blocks.clone()
         if view.is_contiguous():
             start = blocks.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
@@ -1248,8 +1378,11 @@ _CUT = "flat.view(flat.numel() // block_size, block_size)"
 check_to_blocks = Exercise(
     spec=[to_blocks],
     driver=drive_blocks,
-    cases=lambda generator: [blocks_case(generator), blocks_case(generator)],
+    cases=lambda generator: [blocks_case(generator), blocks_case(generator, dtype=torch.bfloat16)],
     mistakes={
+        "a weight in 16 bits becomes one in fp32, which is a copy of twice its size: blocks are the weight's own values": {
+            _FLAT: "weight.float().reshape(-1)"
+        },
         "the values come in the order in which they lie in memory: take them in the order in which the weight shows them": {
             _FLAT: "torch.as_strided(weight, (weight.numel(),), (1,))",
         },

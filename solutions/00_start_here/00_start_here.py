@@ -89,7 +89,7 @@ counts = {
     for group, key in groups.items()
 }
 for group, count in counts.items():
-    print(f"{group:<12}{count:>13,}  {count / sum(counts.values()):6.1%}")
+    print(f"{group:<12}{count:>13,}  {count / sum(counts.values()):7.2%}")
 
 # %%
 import matplotlib.pyplot as plt
@@ -97,7 +97,7 @@ import matplotlib.pyplot as plt
 figure, axes = plt.subplots(figsize=(7, 1.8))
 left = 0.0
 for (group, count), colour in zip(counts.items(), plots.SERIES):
-    axes.barh(0, count / 1e6, left=left, color=colour, label=f"{group}, {count / 1e6:.1f}")
+    axes.barh(0, count / 1e6, left=left, color=colour, label=f"{group}, {count / 1e6:.2f}")
     left += count / 1e6
 axes.set(title="Parameters of SmolLM2-135M", xlabel="millions", yticks=[])
 axes.legend(ncols=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.45))
@@ -133,9 +133,10 @@ apart = (ours - library).abs().max().item()
 print(f"largest logit {library.abs().max():.1f}, largest difference {apart:.1e}")
 
 # %% [markdown]
-# A difference of a few units in the last place is rounding: the two add up the same numbers in another order. A tolerance should
-# follow from that and not from a feeling. Each of the 30 layers adds to the stream what has gone through about 32 roundings in a
-# row, of numbers of at most the logits' size:
+# A difference of a dozen units in the last place is rounding: the two add up the same numbers in another order. How much may it be? A
+# tolerance should follow from the arithmetic and not from a feeling. Here is a rough estimate, not a bound: in each of the 30 layers a number
+# goes through some 32 operations one after the other (norms, products, softmax, sums), each of which rounds it by at most eps of its
+# size. Inside, the stream grows far beyond the logits, but its last norm divides that out again; so take eps of the largest logit:
 
 # %%
 tolerance = 30 * 32 * torch.finfo(torch.float32).eps * library.abs().max().item()
@@ -147,7 +148,12 @@ assert apart <= tolerance
 #
 # In the units that follow there are cells with `raise NotImplementedError()`, where you write code, and below each a cell that
 # *checks* it: on new random numbers every time, within a second or so, with a message that names the likely mistake. A check that
-# fails costs nothing; run it as often as you like. Cells marked as experiments take minutes on a CPU. To see first that everything
-# runs, set the environment variable `PEFTLAB_SHORT=1` before you start JupyterLab: experiments then take two steps.
+# fails costs nothing; run it as often as you like. Experiments take minutes on a CPU; the text before them says how many. To see first that
+# everything runs, set the environment variable `PEFTLAB_SHORT=1` before you start JupyterLab: experiments then take two steps. What a unit
+# measures when it trains a model is kept in a folder `results` beside its notebook.
 #
-# Your results go to a folder `results` beside the notebook. Go on with the next unit.
+# The functions that you write have shapes in their signatures. `Float[Tensor, "blocks size"]` is a tensor of floating-point numbers with two
+# axes, which we call `blocks` and `size`; the same name twice means the same length, a number a fixed length, `...` any axes, and `""` none: a single
+# number. `UInt8[Tensor, "n"]` holds bytes. Nothing enforces it; it is there to be read.
+#
+# Go on with the next unit.

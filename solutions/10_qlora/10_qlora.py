@@ -150,6 +150,9 @@ my_seconds = None  # QLoRA's step over LoRA's: a ratio
 #
 # Numbers are gathered faster than rows. `table.view(torch.int64)` takes each row of two fp32 values for one number of eight bytes, and
 # `.view(torch.float32)` takes the numbers apart again; `index_select` is the fastest gather on a CPU.
+#
+# And what is gathered goes out to memory and comes back twice, to be multiplied and to be cast. Take a thousand blocks at a time
+# (`split`), and it is still in the processor's cache when it is needed; the fp32 values of the whole weight are never there at once.
 # </details>
 
 
@@ -172,9 +175,13 @@ def dequantize_nf4(
     ### BEGIN SOLUTION
     # A byte's two values, as one number of eight bytes: numbers are gathered faster than rows of two.
     table = torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
-    blocks = table.index_select(0, packed.flatten().int()).view(torch.float32).view(-1, block_size)
-    blocks *= absmax[:, None]
-    return blocks.view(shape).to(dtype)
+    weight = torch.empty(shape, dtype=dtype, device=packed.device)
+    blocks = weight.view(-1, block_size), packed.view(-1, block_size // 2), absmax[:, None]
+    # Some blocks at a time: what was gathered is still in the processor's cache when it is multiplied and cast.
+    for some, codes, scale in zip(*(tensor.split(1024) for tensor in blocks)):
+        values = table.index_select(0, codes.flatten().int()).view(torch.float32)
+        some.copy_(values.view(-1, block_size).mul_(scale))
+    return weight
     ### END SOLUTION
 
 
@@ -1225,8 +1232,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The same weights, the same optimizer state, and no more activations. What the two need for a moment differs: yours an index of four bytes for two
-# weights while a layer is dequantized, peft's a clone of every layer's output, a precaution.
+# *What to see.* The same weights, the same optimizer state, and no more activations. What the two need for a moment differs: yours an index and
+# fp32 values while a layer is dequantized (of all of it, or of some blocks at a time), peft's a clone of every layer's output, a precaution.
 #
 # And your optimizer beside bitsandbytes': the same parameters, the same gradients, on this machine's CPU.
 

@@ -118,6 +118,27 @@ def test_nonsense_fails_with_a_message(name, nonsense):
     assert len(str(caught.value)) < 1000
 
 
+def test_a_check_that_is_called_otherwise_says_how():
+    exercise = EXERCISES["check_merge"]
+    for answers in (exercise.spec[:1], [*exercise.spec, exercise.spec[0]], [exercise.spec[0], None]):
+        with pytest.raises(CheckFailedError, match="with merge and unmerge, in this order"):
+            exercise(*answers)
+
+
+def test_what_the_check_cannot_use_is_not_blamed_on_a_line_of_the_answer():
+    with pytest.raises(CheckFailedError, match=r"what came back cannot be used.*Is a `return` missing"):
+        EXERCISES["check_absmax_int8"](lambda blocks: None, lambda codes, absmax: None)
+
+
+def test_an_error_of_pytorch_is_not_taken_for_an_unwritten_answer():
+    def reads(*arguments, **named):
+        return torch.empty(1, device="meta").item()
+
+    exercise = EXERCISES["check_merge"]
+    with pytest.raises(CheckFailedError, match="your code raised"):
+        exercise(reads, reads)
+
+
 def test_a_failure_is_printed_without_frames():
     assert CheckFailedError("merge: wrong.\n  expected 1")._render_traceback_() == ["Not yet.", "merge: wrong.", "  expected 1"]
 

@@ -163,7 +163,8 @@ def score_table(shipped: Shipped) -> str:
         total = summary(found)
         row = total.row
         lines.append(
-            f"{task:<15}{name:<20}{total.learning_rate:>9g}{total.score:>8.1%}{total.spread:>8.1%}{len(total.scores):>7}"
+            f"{task:<15}{name:<20}{total.learning_rate:>9g}{total.score:>8.1%}"
+            f"{format(total.spread, '.1%') if len(total.scores) > 1 else '-':>8}{len(total.scores):>7}"
             f"{row.trainable_parameters:>13,}{row.trainable_parameters / row.total_parameters:>9.3%}"
             f"{row.adapter_bytes / 1e3:>11,.0f}{total.forgetting:>+12.2f}"
         )

@@ -121,7 +121,7 @@ def learning_rate_sweep(measured: Mapping[str, Sequence[Row]], title: str) -> Fi
     Args:
         measured: rows of one task, by the name that the legend shows for their method.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3))
+    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.3), layout="constrained")
     losses, scores = panels
     for number, (name, rows) in enumerate(measured.items()):
         style = {"color": SERIES[number], "marker": MARKERS[number]}
@@ -133,14 +133,21 @@ def learning_rate_sweep(measured: Mapping[str, Sequence[Row]], title: str) -> Fi
             axes.plot(*zip(*runs), linestyle="none", markersize=3, alpha=0.6, **style)
             best = chosen_rate(rows)
             axes.scatter(best, swept[best], s=140, facecolor="none", edgecolor=SERIES[number])
-    losses.set(xlabel="learning rate", ylabel="loss, last ten steps (nats per label)", ylim=(0, None))
+    losses.set(xlabel="learning rate", ylabel="late loss (nats per label)", yscale="log")
+    losses.margins(y=0.1)
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    losses.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     scores.set(xlabel="learning rate", ylabel="score (%)", ylim=(0, 105))
+    rates = sorted({row.settings["learning_rate"] for rows in measured.values() for row in rows})
+    powers = [rate for rate in rates if math.isclose(math.log10(rate) % 1, 0, abs_tol=1e-6)]
+    shown = powers if len(rates) > 6 and powers else rates  # there is room for about six
     for axes in (losses, scores):
         axes.set_xscale("log")
+        axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-    losses.legend(frameon=False, fontsize=8)
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.suptitle(title)
-    figure.tight_layout()
     return figure
 
 

@@ -290,12 +290,33 @@ def drive_nf4_linear(
     scope.update({name: dequantize_nf4 for name in theirs})
     try:
         layer = build(lambda tensor: tensor)
+        given = {
+            "packed": packed,
+            "absmax": absmax,
+            "nested_absmax": nested_absmax,
+            "offset": offset,
+            "levels": levels,
+            "bias": bias,
+        }
+        names = [name for name, tensor in given.items() if tensor is not None]
+        parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+        seen = {
+            "every tensor has the name that the docstring gives it": all(getattr(layer, n, None) is not None for n in names),
+            "every tensor is a buffer or a parameter": all(n in parameters or n in buffers for n in names),
+            "the list of parameters": list(parameters),
+            "the list of buffers that require a gradient": [n for n, b in buffers.items() if b.requires_grad],
+        }
+        if not all(list(seen.values())[:2]):
+            return seen  # what is no buffer raises further down, and says nothing useful
         x.requires_grad_(True)
         output = layer(x)
         if not torch.is_tensor(output):
-            return {"what forward returns": repr(output)}
-        seen = {"what forward returns": "a tensor", "the dtype of the output": str(output.dtype)}
+            return seen | {"what forward returns": repr(output)}
+        rounded = output.to(getattr(torch, compute)).to(output.dtype)
         seen |= {
+            "what forward returns": "a tensor",
+            "the dtype of the output": str(output.dtype),
+            "every number of the output exists in the compute dtype": torch.equal(output, rounded),
             "the output for rows with a single number": output.detach()[..., :units, :],
             "the output": output.detach(),
             "the output requires a gradient": output.requires_grad,
@@ -303,18 +324,16 @@ def drive_nf4_linear(
         if not output.requires_grad:
             return seen
         output.backward(output_gradient)
-        seen |= {
-            "x gets a gradient": x.grad is not None,
-            "the list of parameters": [name for name, _ in layer.named_parameters()],
-            "the list of buffers that require a gradient": [n for n, b in layer.named_buffers() if b.requires_grad],
-        }
+        seen |= {"x gets a gradient": x.grad is not None}
         if x.grad is None:
             return seen
+        rounded = x.grad.to(getattr(torch, compute)).to(x.grad.dtype)
         seen |= {
             "the dtype of the gradient of x": str(x.grad.dtype),
+            "every number of the gradient of x exists in the compute dtype": torch.equal(x.grad, rounded),
             "the gradient of x for output gradients with a single number": x.grad[..., :units, :],
             "the gradient of x": x.grad,
-            "the weight, from dequantized(),": layer.dequantized().detach(),
+            "the weight from dequantized()": layer.dequantized().detach(),
         }
         with torch.no_grad():
             copy = build(torch.zeros_like)
@@ -325,7 +344,7 @@ def drive_nf4_linear(
                 name = str(dtype).removeprefix("torch.")
                 seen |= {
                     f"layer.to({name}) returns the layer": returned is layer,
-                    f"the output after layer.to({name}), which must not touch what the layer holds,": layer(x),
+                    f"the output after layer.to({name})": layer(x),
                 }
             elsewhere = build(lambda tensor: tensor.to("meta"))(x.to("meta"))
             seen |= {"the device of the output, if all is on the device 'meta'": elsewhere.device.type}
@@ -391,16 +410,17 @@ def nf4_tolerance(case: dict) -> dict[str, float]:
         "the output": output,
         "the gradient of x for output gradients with a single number": 2 * (eps + 4 * EPS) * largest if double else 0.0,
         "the gradient of x": eps * case["shape"][0] * largest * gradients,
-        "the weight, from dequantized(),": (eps + 4 * EPS) * largest if double else 0.0,
+        "the weight from dequantized()": (eps + 4 * EPS) * largest if double else 0.0,
         "the output of a layer that was loaded from a state dict": output,
-        "the output after layer.to(bfloat16), which must not touch what the layer holds,": output / 8 if eps < 1e-5 else output,
-        "the output after layer.to(float64), which must not touch what the layer holds,": output,
+        "the output after layer.to(bfloat16)": output / 8 if eps < 1e-5 else output,
+        "the output after layer.to(float64)": output,
     }
 
 
 _APPLIED = "NF4Product.apply(x.to(self.compute_dtype), self)"
 _BACK_TO_X = "return product.to(x.dtype)"
 _UNDONE = "values * scale + self.offset"
+_LOOKED_UP = "dynamic_code(device=absmax.device)[absmax.long()]"
 _CTX = "ctx.layer = layer"
 _PRODUCT_FORWARD = 'torch.einsum("...i,oi->...o", x, layer.dequantized())'
 _PRODUCT_BACKWARD = 'torch.einsum("...o,oi->...i", gradient, weight)'
@@ -422,9 +442,23 @@ _NF4_PRODUCT = """
 check_nf4_linear = Exercise(
     spec=[NF4Product, NF4Linear],
     driver=drive_nf4_linear,
-    cases=lambda generator: [nf4_case(generator, bias=True), nf4_case(generator, "bfloat16", double=False)],
+    cases=lambda generator: [
+        nf4_case(generator, bias=True),
+        nf4_case(generator, "bfloat16", double=False),
+        nf4_case(generator, "bfloat16", double=False, bias=True),
+    ],
     tolerance=nf4_tolerance,
     mistakes={
+        "a buffer of the docstring is missing or has another name: cells further down use packed, absmax, levels and the others": {
+            _ABSMAX_BUFFER: 'self.register_buffer("codes", statistics[0])',
+            "absmax = self.absmax": "absmax = self.codes",
+        },
+        "a plain attribute is no buffer: it does not move with the layer, and the state dict lacks it; use `register_buffer`": {
+            _ABSMAX_BUFFER: "self.absmax = statistics[0]",
+        },
+        "a buffer is not in the state dict: it has to be persistent": {
+            'self.register_buffer("packed", packed)': 'self.register_buffer("packed", packed, persistent=False)',
+        },
         "no gradient reaches the layers below: x is detached, or the product made without gradients": {
             _APPLIED: "NF4Product.apply(x.detach().to(self.compute_dtype), self)",
         },
@@ -435,6 +469,14 @@ check_nf4_linear = Exercise(
             _SIZES: _SIZES + "\n        self.scale = nn.Parameter(torch.ones((), device=packed.device))",
         },
         "the output is in the compute dtype: give it back in the dtype of x": {_BACK_TO_X: "return product"},
+        "the bias was added in its own dtype, or in that of x: cast it to the compute dtype, and add it to the product": {
+            "self.bias.to(self.compute_dtype)": "self.bias",
+        },
+        "x and the weight were cast to the dtype of x for the product: `compute_dtype` decides, whatever x is in": {
+            _APPLIED: "NF4Product.apply(x, self)",
+            _PRODUCT_FORWARD: _PRODUCT_FORWARD.replace("dequantized()", "dequantized().to(x.dtype)"),
+            "weight = ctx.layer.dequantized()": "weight = ctx.layer.dequantized().to(gradient.dtype)",
+        },
         "it was computed in the dtype of x: `compute_dtype` decides, whatever x is in": {
             _APPLIED: "NF4Product.apply(x, self)",
             "self.levels, self.shape, self.compute_dtype)": "self.levels, self.shape, torch.float32)",
@@ -442,13 +484,19 @@ check_nf4_linear = Exercise(
         },
         "the bias is left out": {"if self.bias is not None:": "if False:"},
         "the offset is forgotten: double quantization has subtracted the mean of absmax": {_UNDONE: "values * scale"},
+        "the offset was added before the nested absmax was multiplied: it was subtracted first, so it is added last": {
+            _UNDONE: "(values + self.offset) * scale",
+        },
+        "the codes of absmax were looked up in the unsigned table: what is left without the mean has a sign": {
+            _LOOKED_UP: "dynamic_code(False, absmax.device)[absmax.long()]",
+        },
         "the nested absmax of the wrong block: 256 neighbouring codes share one": {
             "torch.cat([largest.expand(256) for largest in self.nested_absmax])[: absmax.numel()]": (
                 "self.nested_absmax.repeat(256)[: absmax.numel()]"
             ),
         },
         "the 8-bit codes are taken for evenly spaced numbers: they are indices of `dynamic_code()`": {
-            "dynamic_code(device=absmax.device)[absmax.long()]": "absmax.float() / 127.5 - 1",
+            _LOOKED_UP: "absmax.float() / 127.5 - 1",
         },
         "backward computes in another dtype than forward: `compute_dtype` decides there, too": {
             _APPLIED: "NF4Product.apply(x, self)",
@@ -470,15 +518,18 @@ check_nf4_linear = Exercise(
         "`layer.to(torch.bfloat16)` has rounded absmax or the levels: whatever the model is cast to, these stay fp32": {
             _KEEP: "pass",
         },
-        "a tensor is missing in the state dict: what is not a parameter must be a buffer": {
-            _ABSMAX_BUFFER: "self.absmax = statistics[0]",
-        },
         "a tensor does not move with the layer: what is not a parameter must be a buffer": {
             'self.register_buffer("packed", packed)': 'self.register_buffer("packed", packed)\n        self.held = levels',
             "absmax, self.levels, self.shape": "absmax, self.held, self.shape",
         },
         "the dynamic code is not on the layer's device: make it with `device=`": {
             "dynamic_code(device=absmax.device)": 'dynamic_code(device="cpu")',
+        },
+        "the codes are taken to the CPU to be looked up, for which a GPU must wait: make the table where they are, with `device=`": {
+            _LOOKED_UP: "dynamic_code()[absmax.int().cpu()].to(self.levels.device)",
+        },
+        "a number is read out of a tensor (`.item()`, `float()`), for which a GPU must wait: compute with the tensor": {
+            _UNDONE: "values * scale + self.offset.item()",
         },
         "`_apply` does not return the layer, so that `layer.to(...)` is None": {"return self\n": "return None\n"},
     },
@@ -494,33 +545,37 @@ check_nf4_linear = Exercise(
             _PRODUCT_BACKWARD: "torch.nn.functional.linear(gradient, weight.T)",
             "if self.bias is not None:": "if False:",
         },
-        "statistics kept as bytes, which no cast touches": _NF4_PRODUCT
+        "buffers for what there is, the dynamic code among them": _NF4_PRODUCT
         + """
             class NF4Linear(nn.Module):
                 def __init__(self, packed, statistics, levels, shape, compute_dtype, bias=None):
                     super().__init__()
                     self.shape, self.compute_dtype, self.double = shape, compute_dtype, len(statistics) == 3
-                    bias = () if bias is None else (bias.float(),)
-                    self.register_buffer("packed", packed)
-                    for number, tensor in enumerate((levels, *statistics, *bias)):
-                        held = tensor.reshape(-1)
-                        self.register_buffer(f"held{number}", held if held.dtype == torch.uint8 else held.view(torch.uint8))
+                    held = dict(zip(("absmax", "nested_absmax", "offset"), statistics), packed=packed, levels=levels)
+                    if self.double:
+                        held["code"] = dynamic_code(device=packed.device)
+                    for name, tensor in held.items():
+                        self.register_buffer(name, tensor)
+                    self.register_buffer("bias", bias)
+
+                def _apply(self, fn, recurse=True):
+                    kept = {name: buffer for name, buffer in self.named_buffers()}
+                    super()._apply(fn, recurse)
+                    for name, buffer in kept.items():
+                        setattr(self, name, buffer.to(getattr(self, name).device))
+                    return self
 
                 def dequantized(self):
-                    levels, absmax = self.held0.view(torch.float32), self.held1
+                    absmax = self.absmax
                     if self.double:
-                        nested, offset = self.held2.view(torch.float32), self.held3.view(torch.float32)
-                        scale = nested.repeat_interleave(256)[: len(absmax)]
-                        absmax = dynamic_code(device=absmax.device).index_select(0, absmax.int()) * scale + offset
-                    else:
-                        absmax = absmax.view(torch.float32)
-                    return dequantize_nf4(self.packed, absmax, levels, self.shape, self.compute_dtype)
+                        scale = self.nested_absmax[torch.arange(len(absmax), device=absmax.device) // 256]
+                        absmax = self.code.index_select(0, absmax.int()) * scale + self.offset
+                    return dequantize_nf4(self.packed, absmax, self.levels, self.shape, self.compute_dtype)
 
                 def forward(self, x):
                     y = NF4Product.apply(x.to(self.compute_dtype), self)
-                    bias = getattr(self, "held4" if self.double else "held2", None)
-                    if bias is not None:
-                        y = y + bias.view(torch.float32).to(y.dtype)
+                    if self.bias is not None:
+                        y = y + self.bias.to(y.dtype)
                     return y.to(x.dtype)
         """,
         "saved tensors that are dequantized when they are asked for": {
@@ -594,8 +649,8 @@ def drive_nf4_memory(NF4Product, NF4Linear, packed, absmax, nested_absmax, offse
 
 
 _KEPT = "bytes that the layer keeps"
-_ALIVE = "bytes that forward leaves for backward, besides the output and what the layer keeps,"
-_STEP_PEAK = "peak bytes of forward and backward, besides what was there before,"
+_ALIVE = "bytes that forward leaves for backward besides the output and what the layer keeps"
+_STEP_PEAK = "peak bytes of forward and backward besides what was there before"
 
 
 def read_nf4_memory(observation: Observation, case: dict) -> Observation:
@@ -776,9 +831,13 @@ def drive_qlora_layer(QLoRALinear, weight, lora_A, lora_B, alpha, stored, x, out
 
     dtype = getattr(torch, stored)
     base = Base()
-    layer = (
-        QLoRALinear(base, lora_A.shape[0], alpha, dtype) if stored != "float32" else QLoRALinear(base, lora_A.shape[0], alpha)
-    )
+    given_dtype = () if stored == "float32" else (dtype,)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # `torch.empty` then holds NaN, not what was in memory
+    try:
+        layer = QLoRALinear(base, lora_A.shape[0], alpha, *given_dtype)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     factors = [layer.lora_A, layer.lora_B]
     seen = {
         "the list of shapes of lora_A and lora_B": [list(factor.shape) for factor in factors],
@@ -787,6 +846,7 @@ def drive_qlora_layer(QLoRALinear, weight, lora_A, lora_B, alpha, stored, x, out
         "lora_B is zero at the start": not factors[1].detach().any().item(),
         "start": factors[0].detach().clone(),
         "the layer holds the base itself": layer.base is base,
+        "the attribute `scaling`": float(layer.scaling) if hasattr(layer, "scaling") else None,
     }
     if seen["the list of shapes of lora_A and lora_B"] != [list(lora_A.shape), list(lora_B.shape)]:
         return seen
@@ -811,15 +871,21 @@ def drive_qlora_layer(QLoRALinear, weight, lora_A, lora_B, alpha, stored, x, out
     }
 
 
-_SPREAD_OF_A = "the base-2 logarithm of lora_A's standard deviation at the start times sqrt(3 * in_features)"
-_SAVED = "bytes that forward saves for backward, besides x and the factors,"
+_SPREAD_OF_A = "log2 of lora_A's spread at the start over that of kaiming_uniform_ with a=sqrt(5)"
+_SAVED = "bytes that forward saves for backward besides x and the factors"
 
 
 def read_qlora_layer(observation: Observation, case: dict) -> Observation:
-    """Count the saved bytes; the loss's own, a product in fp32, are the same for everybody."""
+    """Count the saved bytes; the loss's own, a product in fp32, are the same for everybody.
+
+    A spread that is no number, or off by a million, is that of what was in memory: one value for all of these.
+    """
     read = {name: value for name, value in observation.items() if name not in ("saved", "start")}
-    spread = observation["start"].float().std().item() * math.sqrt(3 * case["lora_A"].shape[1])
-    read[_SPREAD_OF_A] = math.log2(spread) if spread > 0 else -99.0
+    spread = observation["start"].double().std().item() * math.sqrt(3 * case["lora_A"].shape[1])
+    if spread == 0:
+        read[_SPREAD_OF_A] = -99.0
+    else:
+        read[_SPREAD_OF_A] = math.log2(spread) if 1e-6 < spread < 1e6 else 99.0
     if "saved" in observation:
         read[_SAVED] = total_bytes(observation["saved"])
     return read
@@ -865,6 +931,7 @@ def qlora_layer_tolerance(case: dict) -> dict[str, float]:
     unit = (in_features + out_features + len(x) + rank + 4) * torch.finfo(dtype).eps
     # The standard deviation of 250 numbers or more scatters by 4%; 0.6 doublings are 50%.
     tolerance = {"the gradient of x": unit * (g @ dense).max().item(), _SAVED: copies, _SPREAD_OF_A: 0.6}
+    tolerance |= {"the attribute `scaling`": 2 * EPS * scaling}  # a quotient, rounded once if it is a tensor
     if dtype.itemsize == 2:
         return tolerance
     return tolerance | {
@@ -883,7 +950,11 @@ check_qlora_layer = Exercise(
     spec=[QLoRALinear],
     driver=drive_qlora_layer,
     reading=read_qlora_layer,
-    cases=lambda generator: [qlora_layer_case(generator), qlora_layer_case(generator, torch.bfloat16)],
+    cases=lambda generator: [
+        qlora_layer_case(generator),
+        qlora_layer_case(generator, torch.bfloat16),
+        qlora_layer_case(generator, torch.bfloat16, "bfloat16"),
+    ],
     at_most=frozenset({_SAVED}),
     tolerance=qlora_layer_tolerance,
     mistakes={
@@ -898,11 +969,25 @@ check_qlora_layer = Exercise(
         "the factors are stored in 16 bits whatever `dtype` says: small updates would be rounded away": {
             '"dtype": dtype,': '"dtype": torch.bfloat16,',
         },
+        "`dtype` is not used: the factors are stored in it": {'"dtype": dtype,': '"dtype": torch.float32,'},
         "the factors are cast and detached on the way: they get no gradient": {
             "self.lora_A.to(x.dtype)": "self.lora_A.detach().to(x.dtype)",
         },
-        "the update is not scaled: multiply it by alpha / rank": {"= alpha / rank": "= 1.0"},
+        "the update is not scaled: multiply it by alpha / rank": {_SUM: "self.base(x) + update"},
         "the scale is upside down: it should be alpha / rank": {"= alpha / rank": "= rank / alpha"},
+        "the scale is alpha alone: it should be alpha / rank": {"= alpha / rank": "= alpha"},
+        "the scale is rounded down: `//` drops what is left over, so divide with `/`": {"= alpha / rank": "= alpha // rank"},
+        "alpha is divided by the root of the rank, as in rsLoRA: here the scale is alpha / rank": {
+            "= alpha / rank": "= alpha / rank**0.5",
+        },
+        "the scale has another name than the docstring gives it: cells further down use `scaling`": {
+            "self.scaling = alpha / rank": "self.scale = alpha / rank",
+            _SUM: "self.base(x) + self.scale * update",
+        },
+        "a scaled copy of x is kept for backward: scale the update, which needs no copy of x": {
+            _COMPRESSED: 'torch.einsum("...i,ri->...r", self.scaling * x, self.lora_A.to(x.dtype))',
+            _SUM: "self.base(x) + update",
+        },
         "the base's output is missing: the update is added to it": {_SUM: "self.scaling * update"},
         "the base's output is scaled as well: alpha / rank belongs to the update alone": {
             _SUM: "self.scaling * (self.base(x) + update)"
@@ -918,6 +1003,9 @@ check_qlora_layer = Exercise(
         },
         "lora_A and lora_B both start at zero: each then multiplies the other's gradient by zero, for ever": {
             _INIT_A: "nn.init.zeros_(self.lora_A)",
+        },
+        "lora_A is not initialized: `torch.empty` holds whatever was in memory, so use kaiming_uniform_ with a=sqrt(5)": {
+            _INIT_A: "pass",
         },
         "lora_A starts with standard deviation 1: use kaiming_uniform_ with a=sqrt(5), as nn.Linear does": {
             _INIT_A: "nn.init.normal_(self.lora_A)",
@@ -1128,11 +1216,14 @@ check_qlora = Exercise(
             "return names": "model.requires_grad_(False)\n    return names",
         },
         "the factors are not in the dtype that was asked for": {_NEW_LAYER: "QLoRALinear(quantize(linear), rank, alpha)"},
-        "rank and alpha have changed places": {_NEW_LAYER: "QLoRALinear(quantize(linear), int(alpha), float(rank), dtype)"},
+        "rank and alpha have changed places": {_NEW_LAYER: "QLoRALinear(quantize(linear), alpha, rank, dtype)"},
         "every weight that has been quantized stays in memory until the last one is: keep names, not modules, in your list": {
             "module = None": "modules = [model.get_submodule(name) for name in names]",
         },
         "the names of the replaced layers are not returned": {"return names": "return None"},
+        "the names do not start with `model.`: their first part belongs to them, as in `model.layers.0.self_attn.q_proj`": {
+            "return names": 'return [name.removeprefix("model.") for name in names]',
+        },
         "the names are not full ones: `model.layers.0.self_attn.q_proj` and so on": {
             "return names": 'return [name.rpartition(".")[2] for name in names]',
         },
@@ -1313,6 +1404,13 @@ def _stands_for(codes: object, absmax: object, signed: bool) -> object:
 
 
 _STATE_BYTES = "bytes of optimizer state a parameter"
+_NOT_FINITE = "the list of parameters with NaN or infinite numbers, by size"
+
+
+def _after(case: dict) -> str:
+    """Return how far the parameters of a case are trained."""
+    steps = len(case["gradients"])
+    return "after a step" if steps == 1 else f"after {steps} steps"
 
 
 def read_adamw(observation: Observation, case: dict) -> Observation:
@@ -1331,14 +1429,17 @@ def read_adamw(observation: Observation, case: dict) -> Observation:
         size = torch.Size(shape).numel()
         held = {name: str(tensor.dtype) for name, tensor in state.items() if name != "step"}
         read[f"the state of a parameter of {size:,} values"] = dict(sorted(held.items()))
+    for shape, state in zip(case["shapes"], observation["states"]):
+        size = torch.Size(shape).numel()
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
             value = state.get(name)
             if size >= 4096:
                 value = _stands_for(value, state.get(f"{name}_absmax"), signed)
-            read[f"{name} of a parameter of {size:,} values, after {len(case['gradients'])} steps"] = value
-    for shape, parameter in zip(case["shapes"], observation["parameters"]):
-        size = torch.Size(shape).numel()
-        read[f"a parameter of {size:,} values, after {len(case['gradients'])} steps"] = parameter
+            read[f"{name} of a parameter of {size:,} values, {_after(case)}"] = value
+    trained = {torch.Size(shape).numel(): parameter for shape, parameter in zip(case["shapes"], observation["parameters"])}
+    read[_NOT_FINITE] = [size for size, parameter in trained.items() if not parameter.isfinite().all()]
+    for size, parameter in trained.items():
+        read[f"a parameter of {size:,} values, {_after(case)}"] = parameter
     read["a parameter of 7 values, after 2 steps with the default settings"] = observation["by default"]
     read[_STATE_BYTES] = total_bytes(observation["kept"]) / case["weights"].numel()
     return read
@@ -1354,12 +1455,28 @@ def _clear(x: Tensor, signed: bool) -> Tensor:
     return (same | (scaled.abs() == 1) | (largest == 0)).flatten()[: x.numel()].view(x.shape)
 
 
-def adamw_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, steps: int = 3, large: int = 0) -> dict:
-    """Return parameters and gradients such that no moment lies on the boundary between two codes.
+def _rounds_alike(weights: Tensor, gradients: Tensor, rates: Tensor, eps: float, weight_decay: float) -> Tensor:
+    """Return which weights are rounded to the same 16 bits by every right answer after the first step.
+
+    In the first step both corrected moments are the gradient's, so a weight moves by lr g / (|g| + eps). Right answers compute that in fp32
+    and are off by some eps of the weight and of the rate: a product and a sum each, and a correction from a rounded beta, 1 - 0.95.
+    """
+    g, w = gradients.double(), weights.double()
+    moved = (1 - rates * weight_decay) * w - rates * g / (g.abs() + eps)
+    margin = 32 * EPS * (w.abs() + rates)
+    return (moved - margin).to(weights.dtype) == (moved + margin).to(weights.dtype)
+
+
+def adamw_case(
+    generator: torch.Generator, dtype: torch.dtype = torch.float32, steps: int = 3, large: int = 0, scale: float = 1.0
+) -> dict:
+    """Return parameters and gradients, of a given size, such that no moment lies on the boundary between two codes.
 
     Every right answer, however it rounds, then has the same codes: the moments are followed step by step, and gradients drawn
-    again where a moment comes too near.
+    again where a moment comes too near. In 16 bits, for a single step, the same is done with the weights.
     """
+    if dtype != torch.float32 and steps > 1:
+        raise ValueError("in 16 bits the weights are followed for one step")
     shapes = [[64, 64], [large or between(generator, 66, 70), 65], [3, between(generator, 5, 9), 37]]
     sizes = [torch.Size(shape).numel() for shape in shapes]
     betas = [0.8 + 0.15 * torch.rand((), generator=generator).item(), 0.7 + 0.2 * torch.rand((), generator=generator).item()]
@@ -1368,14 +1485,14 @@ def adamw_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, s
     for _ in range(steps):
         drawn = []
         for index, size in enumerate(sizes):
-            gradient = normal(generator, size, dtype=dtype)
+            gradient = scale * normal(generator, size, dtype=dtype)
             while True:
                 m = betas[0] * first[index] + (1 - betas[0]) * gradient.float()
                 v = betas[1] * second[index] + (1 - betas[1]) * gradient.float() ** 2
                 clear = _clear(m, True) & _clear(v, False)
                 if size < 4096 or clear.all():
                     break
-                gradient = torch.where(clear, gradient, normal(generator, size, dtype=dtype))
+                gradient = torch.where(clear, gradient, scale * normal(generator, size, dtype=dtype))
             if size >= 4096:
                 m, v = from_8bit(*to_8bit(m, True), True), from_8bit(*to_8bit(v, False), False)
             first[index], second[index] = m, v
@@ -1386,17 +1503,23 @@ def adamw_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, s
     while not (_clear(numbers, True) & _clear(numbers.abs(), False)).all():
         clear = _clear(numbers, True) & _clear(numbers.abs(), False)
         numbers = torch.where(clear, numbers, normal(generator, 3, 200))
+    rates, eps, weight_decay = [0.1 + 0.1 * torch.rand((), generator=generator).item(), 0.03], 0.05 * scale, 0.3
+    weights = normal(generator, sum(sizes), dtype=dtype)
+    if dtype != torch.float32:
+        each = torch.tensor([rates[0]] * sizes[0] + [rates[1]] * sum(sizes[1:]), dtype=torch.float64)
+        while not (alike := _rounds_alike(weights, gradients[0], each, eps, weight_decay)).all():
+            weights = torch.where(alike, weights, normal(generator, sum(sizes), dtype=dtype))
     return {
         "numbers": numbers,
         "other_codes": random_bytes(generator, 7, 53),
         "other_absmax": 0.2 + 3 * torch.rand(2, generator=generator),
-        "weights": normal(generator, sum(sizes), dtype=dtype) * (dtype == torch.float32),
+        "weights": weights,
         "gradients": torch.stack(gradients),
         "shapes": shapes,
-        "rates": [0.1 + 0.1 * torch.rand((), generator=generator).item(), 0.03],
+        "rates": rates,
         "betas": betas,
-        "eps": 0.05,
-        "weight_decay": 0.3,
+        "eps": eps,
+        "weight_decay": weight_decay,
     }
 
 
@@ -1404,25 +1527,31 @@ def adamw_tolerance(case: dict) -> dict[str, float]:
     """Bound the rounding of two right answers, whose codes are the same.
 
     A moment is a sum of two terms, rounded a few times: 8 eps of the largest gradient (or its square). A parameter moves by lr m / (sqrt(v)
-    + eps), so by the moment's rounding over eps, and by a few eps of its own size; in 16 bits by one ulp a step as well, as two answers may
-    be rounded to neighbours.
+    + eps), so by the moment's rounding over eps, and by a few eps of its own size; in 16 bits right answers are equal (`_rounds_alike`).
+
+    The state: codes that are cut off from padded blocks keep their storage, up to 255 bytes for each of a large parameter's two moments.
+    A hundredth of a byte a parameter is room for the steps. The smallest excess that is wrong, a third code, is a byte.
     """
     steps, largest = len(case["gradients"]), case["gradients"].abs().max().item()
     weight = case["weights"].abs().max().item() + steps * max(case["rates"]) * largest
     moved = steps * (8 * EPS * weight + max(case["rates"]) * 32 * EPS * largest / case["eps"])
     if case["weights"].dtype != torch.float32:
-        moved += steps * torch.finfo(case["weights"].dtype).eps * max(case["rates"])
+        moved = 0.0
+    sizes = [torch.Size(shape).numel() for shape in case["shapes"]]
+    padding = sum(2 * (-size % 256) for size in sizes if size >= 4096)
     # By default a step moves by about 1e-3. If the step is counted in fp32, 1 - 0.999**t loses three digits: eps / 1e-3, twice.
     default = 4 * EPS * case["weights"].abs().max().item() + 2 * 1e-3 * EPS / 1e-3
-    tolerance = {_STATE_BYTES: 0.01, "a parameter of 7 values, after 2 steps with the default settings": default}
+    tolerance = {
+        _STATE_BYTES: 0.01 + padding / sum(sizes),
+        "a parameter of 7 values, after 2 steps with the default settings": default,
+    }
     for kind in ("signed", "unsigned"):
         tolerance[f"what from_8bit returns, {kind}"] = 2 * EPS * case["other_absmax"].max().item()
         tolerance[f"what the codes from to_8bit stand for, {kind}"] = 4 * EPS * case["numbers"].abs().max().item()
-    for shape in case["shapes"]:
-        size = torch.Size(shape).numel()
-        tolerance[f"exp_avg of a parameter of {size:,} values, after {steps} steps"] = 8 * EPS * largest
-        tolerance[f"exp_avg_sq of a parameter of {size:,} values, after {steps} steps"] = 8 * EPS * largest**2
-        tolerance[f"a parameter of {size:,} values, after {steps} steps"] = moved
+    for size in sizes:
+        tolerance[f"exp_avg of a parameter of {size:,} values, {_after(case)}"] = 8 * EPS * largest
+        tolerance[f"exp_avg_sq of a parameter of {size:,} values, {_after(case)}"] = 8 * EPS * largest**2
+        tolerance[f"a parameter of {size:,} values, {_after(case)}"] = moved
     return tolerance
 
 
@@ -1433,9 +1562,16 @@ _SPREAD = '(second / (1 - beta2 ** state["step"])).sqrt() + group["eps"]'
 _CORRECTED = 'first / (1 - beta1 ** state["step"])'
 _DECAYED = 'parameter.float() * (1 - group["lr"] * group["weight_decay"])'
 _MOVED = 'parameter.copy_(decayed - group["lr"] * corrected / spread)'
+_SMALL_READ = 'first, second = state["exp_avg"], state["exp_avg_sq"]'
+_SMALL_STORED = 'state["exp_avg"], state["exp_avg_sq"] = first, second'
 _FIRST_STORED = 'state["exp_avg"], state["exp_avg_absmax"] = to_8bit(first, True)'
 _SECOND_STORED = 'state["exp_avg_sq"], state["exp_avg_sq_absmax"] = to_8bit(second, False)'
 _SECOND_READ = 'from_8bit(state["exp_avg_sq"], state["exp_avg_sq_absmax"], False)'
+_HELPERS_CODES = """    blocks = x.flatten().float().split(256)
+    absmax = torch.stack([block.abs().max() for block in blocks])
+    codes = [nearest_code(block / largest, signed) for block, largest in zip(blocks, absmax)]
+    return torch.cat(codes).view(x.shape), absmax
+"""
 _HELPERS = """
             def to_8bit(x, signed):
                 count = x.numel()
@@ -1453,7 +1589,7 @@ check_adamw_8bit = Exercise(
     spec=[to_8bit, from_8bit, AdamW8bit],
     driver=drive_adamw,
     reading=read_adamw,
-    cases=lambda generator: [adamw_case(generator)],
+    cases=lambda generator: [adamw_case(generator), adamw_case(generator, torch.bfloat16, steps=1, scale=1e-4)],
     at_most=frozenset({_STATE_BYTES}),
     tolerance=adamw_tolerance,
     mistakes={
@@ -1464,6 +1600,25 @@ check_adamw_8bit = Exercise(
         "the blocks have 64 values, as those of a weight: here they have 256": {
             "x.flatten().float().split(256)": "x.flatten().float().split(64)",
             "values.flatten().split(256)": "values.flatten().split(64)",
+        },
+        "absmax is repeated as a whole: each belongs to 256 neighbours, so `repeat_interleave(256)`": {
+            "scaled = [block * largest for block, largest in zip(values.flatten().split(256), absmax)]": (
+                "scaled = [values.flatten() * absmax.repeat(256)[: codes.numel()]]"
+            ),
+        },
+        "something is added to absmax lest it be zero: the second moments of small gradients are smaller; `nearest_code` takes 0 / 0": {
+            "nearest_code(block / largest, signed)": "nearest_code(block / (largest + 1e-8), signed)",
+        },
+        "it is computed in the parameter's dtype: go to fp32 first, moments, gradient and parameter": {
+            "gradient = parameter.grad.float()": "gradient = parameter.grad",
+            _DECAYED: _DECAYED.replace("parameter.float()", "parameter"),
+        },
+        "small tensors' moments are kept in the parameter's dtype: they stay in fp32": {
+            _SMALL_STORED: 'state["exp_avg"], state["exp_avg_sq"] = first.to(parameter.dtype), second.to(parameter.dtype)',
+            _SMALL_READ: 'first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()',
+        },
+        "the parameter is rounded twice, after weight decay and after the step: compute both in fp32, and round once": {
+            _DECAYED: 'parameter.mul_(1 - group["lr"] * group["weight_decay"]).float()',
         },
         "the second moment is stored in the signed type: it is never negative, and half of the codes stay idle": {
             "to_8bit(second, False)": "to_8bit(second, True)",
@@ -1504,12 +1659,31 @@ check_adamw_8bit = Exercise(
         },
         "weight decay is left out": {_DECAYED: "parameter.float()"},
         "weight decay is not multiplied by the learning rate": {_DECAYED: 'parameter.float() * (1 - group["weight_decay"])'},
+        "weight decay shrinks the step as well: shrink the parameter first, then take the step": {
+            _DECAYED: "parameter.float()",
+            _MOVED: 'parameter.copy_((decayed - group["lr"] * corrected / spread) * (1 - group["lr"] * group["weight_decay"]))',
+        },
         "the second moment is the mean of the gradients' sizes: it is the mean of their squares": {
             "(1 - beta2) * gradient**2": "(1 - beta2) * gradient.abs()",
         },
         "the two betas have changed places": {'beta1, beta2 = group["betas"]': 'beta2, beta1 = group["betas"]'},
         "every group gets the first group's learning rate: take it from its own": {
             _MOVED: 'parameter.copy_(decayed - self.defaults["lr"] * corrected / spread)',
+        },
+        "the optimizer's defaults are used in the place of the group's settings: every group has its own": {
+            "state = self.state[parameter]": "group, state = self.defaults, self.state[parameter]",
+        },
+        "t is 1 in the first two steps: count the step before you use it": {
+            _CORRECTED: 'first / (1 - beta1 ** max(1, state["step"] - 1))',
+            _SPREAD: '(second / (1 - beta2 ** max(1, state["step"] - 1))).sqrt() + group["eps"]',
+        },
+        "t is 2 in the first step: it starts with 1": {
+            _CORRECTED: 'first / (1 - beta1 ** (state["step"] + 1))',
+            _SPREAD: '(second / (1 - beta2 ** (state["step"] + 1))).sqrt() + group["eps"]',
+        },
+        "t is 0 in the first step, so that the correction divides by zero: count the step before you use it": {
+            _CORRECTED: 'first / (1 - beta1 ** (state["step"] - 1))',
+            _SPREAD: '(second / (1 - beta2 ** (state["step"] - 1))).sqrt() + group["eps"]',
         },
         "a parameter without a gradient is not skipped": {"if parameter.grad is None:": "if False:"},
         "the step is not counted: the correction is that of the first step for ever": {
@@ -1568,6 +1742,13 @@ check_adamw_8bit = Exercise(
         "lerp": {
             _FIRST: "first = torch.lerp(first, gradient, 1 - beta1)",
             _SECOND: "second = torch.lerp(second, gradient.square(), 1 - beta2)",
+        },
+        "codes cut off from padded blocks without a copy, as in the hint": {
+            _HELPERS_CODES: (
+                "    flat = torch.nn.functional.pad(x.flatten().float(), (0, -x.numel() % 256)).view(-1, 256)\n"
+                "    absmax = flat.abs().amax(1)\n"
+                "    return nearest_code(flat / absmax[:, None], signed).flatten()[: x.numel()].view(x.shape), absmax\n"
+            ),
         },
         "eps scaled instead of the root": {
             f"spread = {_SPREAD}": (
@@ -1630,15 +1811,19 @@ def drive_merged_weight(merged_weight, weight, lora_A, lora_B, scaling, dtype):
 def merged_case(
     generator: torch.Generator, dtype: str = "float32", base: torch.dtype = torch.float32, factors: str = "float32"
 ) -> dict:
-    """Return numbers of few digits, so that every sum is exact in fp32 and rounding to 16 bits, at the end, has one outcome."""
+    """Return numbers of few digits, so that every sum is exact in fp32 and rounding to 16 bits, at the end, has one outcome.
+
+    The factors are multiples of 2^-6 below 1, which bf16 holds, their products of 2^-12, scaled of 2^-15, and the sum is below 16: 19 bits.
+    An fp32 base has multiples of 2^-12, so it cannot be rounded to 16 bits unnoticed.
+    """
     out_features, rank = between(generator, 9, 12), between(generator, 3, 5)
     in_features = out_features + between(generator, 3, 6)
 
-    def digits(*shape: int) -> Tensor:
-        return torch.randint(-63, 64, shape, generator=generator) / 64
+    def digits(*shape: int, steps: int = 64) -> Tensor:
+        return torch.randint(1 - steps, steps, shape, generator=generator) / steps
 
     return {
-        "weight": digits(out_features, in_features).to(base),
+        "weight": digits(out_features, in_features, steps=4096 if base == torch.float32 else 64).to(base),
         "lora_A": digits(rank, in_features).to(getattr(torch, factors)),
         "lora_B": digits(out_features, rank).to(getattr(torch, factors)),
         "scaling": between(generator, 5, 11) / 4 + 1 / 8,
@@ -1652,7 +1837,11 @@ _MERGED = "(layer.base.dequantized().float() + layer.scaling * update).to(dtype)
 check_merged_weight = Exercise(
     spec=[merged_weight],
     driver=drive_merged_weight,
-    cases=lambda generator: [merged_case(generator), merged_case(generator, "bfloat16", torch.bfloat16)],
+    cases=lambda generator: [
+        merged_case(generator),
+        merged_case(generator, "bfloat16", torch.bfloat16),
+        merged_case(generator, "bfloat16", factors="bfloat16"),
+    ],
     # All sums are exact in fp32: see `merged_case`.
     mistakes={
         "the update is not scaled: what is merged is scaling * B A": {"layer.scaling * update": "update"},
@@ -1664,6 +1853,18 @@ check_merged_weight = Exercise(
         },
         "the factors were rounded to the base's dtype before they were multiplied: go to fp32 first": {
             _MERGED_UPDATE: "(layer.lora_B.to(torch.bfloat16) @ layer.lora_A.to(torch.bfloat16)).float()",
+        },
+        "the factors were multiplied in the target dtype: go to fp32 first, and round once, at the end": {
+            _MERGED_UPDATE: "layer.lora_B.to(dtype) @ layer.lora_A.to(dtype)",
+        },
+        "the factors were multiplied in their own dtype: go to fp32 first": {
+            _MERGED_UPDATE: "layer.lora_B @ layer.lora_A",
+        },
+        "the base was rounded to the target dtype before the sum: add in fp32, and round once, at the end": {
+            _MERGED: "(layer.base.dequantized().to(dtype).float() + layer.scaling * update).to(dtype)",
+        },
+        "the layer is run on an identity matrix: that costs a product and adds the bias; use `dequantized()` and the factors": {
+            _MERGED: "layer(torch.eye(layer.base.shape[1])).T.to(dtype)",
         },
         "the result is transposed: nn.Linear keeps (out_features, in_features)": {_MERGED: _MERGED + ".T"},
         "the dtype asked for is ignored": {".to(dtype)": ""},
@@ -1711,7 +1912,10 @@ def prepare_for_training(model: nn.Module) -> None:
 
 
 def drive_prepare(prepare_for_training, weights, tied, dtype, input_ids):
-    """Prepare a tiny LLaMA in 16 bits with LoRA on one projection; measure what it keeps and what forward leaves."""
+    """Prepare a tiny LLaMA in 16 bits; measure what it keeps and what forward leaves.
+
+    One projection has trained factors, and a trained number that is called otherwise; another has frozen factors.
+    """
     import dataclasses
 
     import torch
@@ -1728,9 +1932,11 @@ def drive_prepare(prepare_for_training, weights, tied, dtype, input_ids):
             self.base = linear
             self.lora_A = nn.Parameter(linear.weight.detach()[:2].clone())
             self.lora_B = nn.Parameter(linear.weight.detach()[:, :2].clone())
+            self.magnitude = nn.Parameter(linear.weight.detach()[0, :1].clone())
 
         def forward(self, x):
-            return self.base(x) + self.scale * (x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T)
+            update = x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T
+            return self.base(x) + self.scale * self.magnitude.to(x.dtype) * update
 
     config = dataclasses.replace(LlamaConfig(40, 16, 24, 1, 2, 1), tie_word_embeddings=tied)
     model = Llama(config)
@@ -1738,11 +1944,11 @@ def drive_prepare(prepare_for_training, weights, tied, dtype, input_ids):
     model.to(getattr(torch, dtype)).requires_grad_(False)
     for layer in model.model.layers:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+        layer.self_attn.v_proj = Adapted(layer.self_attn.v_proj).requires_grad_(False)
     held = {name: p for name, p in model.named_parameters() if p.requires_grad}
     values = {name: p.detach().float() for name, p in model.named_parameters()}
-    returned = prepare_for_training(model)
+    prepare_for_training(model)
     seen = {
-        "what prepare_for_training returns": repr(returned),
         "the dict of dtypes of what is trained": {n: str(p.dtype) for n, p in model.named_parameters() if p.requires_grad},
         "the dict of dtypes of what is frozen": {n: str(p.dtype) for n, p in model.named_parameters() if not p.requires_grad},
         "the list of dtypes of buffers": sorted({str(b.dtype) for b in model.buffers()}),
@@ -1821,6 +2027,10 @@ check_prepare = Exercise(
         "the frozen parameters are cast and the trained ones are not: it is the other way round": {
             _ONLY_TRAINED: "if not parameter.requires_grad:",
         },
+        "it goes by names: what is trained may be called otherwise, and factors may be frozen; `requires_grad` tells": {
+            _NAMED: "for name, parameter in model.named_parameters():",
+            _ONLY_TRAINED: 'if "lora_" in name:',
+        },
         "only lora_B is cast: lora_A is trained as well": {
             _NAMED: "for name, parameter in model.named_parameters():",
             _ONLY_TRAINED: 'if parameter.requires_grad and "lora_B" in name:',
@@ -1844,10 +2054,7 @@ check_prepare = Exercise(
         },
     },
     variants={
-        "by name": {
-            _NAMED: "for name, parameter in model.named_parameters():",
-            _ONLY_TRAINED: 'if "lora_" in name:',
-        },
+        "the model is returned as well": {_CAST: _CAST + "\n    return model"},
         "a list of what is trained": """
             def prepare_for_training(model):
                 for parameter in [p for p in model.parameters() if p.requires_grad]:

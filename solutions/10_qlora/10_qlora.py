@@ -106,8 +106,8 @@ axes.axis("off")
 plots.show(figure, alt="Four squares: fp32 large, bf16 half its area, NF4 an eighth and a little, LoRA's factors a small one.")
 
 # %% [markdown]
-# *What to see.* The blue square is what has to be kept, the orange one what is trained. The grey one in the middle is what a layer computes with,
-# and it should exist for one layer at a time.
+# *What to see.* The blue square is what has to be kept, the orange one what is trained. A grey one, fp32 on a CPU and bf16 on a GPU, is what a layer
+# computes with, and it should exist for one layer at a time.
 #
 # ### Predict
 #
@@ -200,8 +200,8 @@ hidden.check("10_qlora", check_fast_dequantize, dequantize_nf4)
 # with double quantization, `(codes, nested_absmax, offset)`: `uint8` codes of `dynamic_code()`, an fp32 absmax for every 256 of these, and
 # the mean that was subtracted, just as in unit 09.
 #
-# **What it holds.** Buffers, not parameters: nothing of it is trained. A buffer moves with `layer.to(device)` and is in the state dict, which a
-# plain attribute is not. `dequantized()` returns the weight, in `compute_dtype`.
+# **What it holds.** Buffers, under the names in the docstring, not parameters: nothing of it is trained. A buffer moves with `layer.to(device)` and is in
+# the state dict, which a plain attribute is not. `dequantized()` returns the weight, in `compute_dtype`.
 #
 # **Storage and compute.** How a number is stored and in which dtype it takes part in a product are two decisions. The codes have four bits, whatever
 # is computed; `forward` casts `x` to `compute_dtype`, multiplies, adds the bias in that dtype, and gives the result back in the dtype of `x`.
@@ -264,6 +264,12 @@ class NF4Linear(nn.Module):
         shape: of the weight, (out_features, in_features), in blocks of 64.
         compute_dtype: in which the products are computed.
         bias: (out_features,), or None.
+
+    Attributes (buffers; the cells below use these names):
+        packed, levels: as given.
+        absmax: in fp32; with double quantization, its codes.
+        nested_absmax, offset: with double quantization; otherwise None.
+        bias: as given, or None.
     """
 
     def __init__(
@@ -549,6 +555,7 @@ for name in ("SmolLM2-135M", "LLaMA-7B"):
         replaced = qlora(model, on_paper, rank=8)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     listed = sum(parameter.numel() for parameter in model.parameters())
+    whole += trained  # as in the course's rows: the share is of all that there is in the end
     print(
         f"{name:<13} {len(replaced)} layers, {trained:,} trained, {trained / whole:.2%} of {whole:,}; "
         f"model.parameters() lists {listed:,}"
@@ -808,8 +815,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The two curves can hardly be told apart, and the state takes a quarter. With LoRA, though, the state is small to begin with: the
-# 8-bit optimizer is for those who train many parameters.
+# *What to see.* The two curves can hardly be told apart, and the state takes less than a third (small tensors stay in fp32). With LoRA,
+# though, the state is small to begin with: the 8-bit optimizer is for those who train many parameters.
 #
 # Two traps that bitsandbytes has had to step around. PyTorch's `load_state_dict` casts an optimizer's state to the parameter's dtype, so
 # that codes come back as floating-point numbers; bitsandbytes has a loader of its own, and a long training run with yours would need one. And embeddings trained in full are
@@ -853,6 +860,7 @@ model, tokenizer = load_smollm2()
 model.to(device, COMPUTE)
 total = sum(parameter.numel() for parameter in model.parameters())  # before the weights become bytes
 qlora(model, quantize, rank=8, alpha=16.0)
+total += sum(parameter.numel() for parameter in trainable(model).values())
 row = fine_tune(
     model, tokenizer, reviews, unit=UNIT, method="qlora",
     save=lambda path: save_file({name: tensor.detach().contiguous() for name, tensor in trainable(model).items()}, path),
@@ -887,7 +895,7 @@ for task in comparison.TASKS:
     if rows_by_name:
         plots.show(
             plots.learning_rate_sweep(rows_by_name, f"The learning rate, on {task}"),
-            alt=f"Loss and score on {task} against the learning rate: QLoRA's curve runs along LoRA's, full fine-tuning's lies lower.",
+            alt=f"Loss and score on {task} against the learning rate: QLoRA's runs along LoRA's, full fine-tuning's lies at rates ten times lower and more.",
         )
 
 # %%
@@ -905,9 +913,11 @@ for task in comparison.TASKS:
         )
 
 # %% [markdown]
-# *What to see.* Hold the difference of the means against the spreads beside it. Dettmers et al. find no loss against 16 bits (section 4). In the rows that
-# come with the course QLoRA ends a point below LoRA on reviews, and three below on tool calls, where LoRA's own three seeds lie ten points
-# apart: three seeds cannot tell such a difference from luck. (If your copy of SmolLM2 is the one that pip installs, it has been quantized once before; see unit 09.)
+# *What to see.* The lines, and the first table, show the runs with seed 0; small faint points are the other seeds. The ring, and the star, are at the
+# rate with the lowest mean of three. Hold the difference of the means against the spreads beside it. Dettmers et al. find no loss against 16 bits
+# (section 4). In the rows that come with the course QLoRA ends a point below LoRA on reviews, and three below on tool calls, where LoRA's own three
+# seeds lie ten points apart: three seeds cannot tell such a difference from luck. (If your copy of SmolLM2 is the one that pip installs, it has been
+# quantized once before; see unit 09.)
 #
 # ### Slower or faster?
 #
@@ -984,16 +994,15 @@ few = reviews.test.select(range(settings.examples(240)))
 layers = {name: module for name, module in model.named_modules() if isinstance(module, QLoRALinear)}
 
 
-def back_to_four_bits(weight: Tensor) -> Tensor:
-    """Return what is left of a weight that was quantized to NF4 again."""
-    layer = NF4Linear(*bitsandbytes_nf4(weight), weight.shape, torch.float32)
-    return layer.dequantized()
+def back_to_four_bits(weight: Tensor) -> NF4Linear:
+    """Return the layer of a weight that is quantized to NF4 again."""
+    return NF4Linear(*bitsandbytes_nf4(weight), weight.shape, torch.float32)
 
 
 MERGES = {
     "fp32": lambda weight: weight,
     "bf16": lambda weight: weight.bfloat16().float(),
-    "NF4, again": back_to_four_bits,
+    "NF4, again": lambda weight: back_to_four_bits(weight).dequantized(),
 }
 
 # %% tags=["experiment"]
@@ -1012,10 +1021,16 @@ for name, rounded in MERGES.items():
         f"rounding is {(off / size) ** 0.5 if size else 0.0:.3f} times the update"
     )
 
+# %% tags=["experiment"]
+same = [(back_to_four_bits(merged_weight(layer)).packed == layer.base.packed).float().mean() for layer in layers.values()]
+print(f"NF4, again: {torch.stack(same).mean():.2%} of the packed bytes are those from before training, in the mean over layers")
+
 # %% [markdown]
-# *What to see.* The last column. To round to NF4 moves a weight by much more than training did, so that what was learned drowns in it; in bf16 the
-# rounding is small beside the update. peft warns of just this when it merges into a 4-bit layer (issue 2321). So either serve the 4-bit base
-# *with* the adapter beside it, two thin products more in each layer, or merge into 16 bits and serve a 16-bit model.
+# *What to see.* The last column, and the share below it. Training moved most weights by far less than half the distance between two levels of NF4. So
+# rounding puts nearly every weight back on the level that it came from: it is about as large as the update and opposite to it, and what comes out is
+# the model from before training. The grid of bf16 is finer; how large its rounding is beside the update is in its own line. peft warns of merging into
+# a 4-bit layer (issue 2321). So either serve the 4-bit base *with* the adapter beside it, two thin products more in each layer, or merge into 16 bits
+# and serve a 16-bit model.
 #
 # ## 8. Seven and sixty-five billion, on paper
 #
@@ -1093,7 +1108,7 @@ for checkpointing in (False, True):
 
 # %% [markdown]
 # *What to see.* 780 GB are 12 bytes a parameter: weights and gradients in 16 bits, Adam's moments in 32. QLoRA's peak is below 48 GB *with* checkpointing, and above without:
-# the claim needs both. So does the choice of optimizer: the moments here are in bf16 like the factors; in fp32 they would take twice as much, and that is where
+# the claim needs both. The optimizer matters, too: the moments here are in bf16 like the factors; in fp32 they would take twice as much, and that is where
 # paging and eight bits come in.
 
 # %% [markdown]
@@ -1415,19 +1430,20 @@ print(
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: the cause.* Rounding to NF4 moves the merged weight by more than the update did (section 7's last column is quoted), so most of the update is
-# rounded away; the adapter was trained beside one set of quantized weights and now meets another. A higher rank does not make the update larger than the
-# grid. *1 point: what to serve.* The 4-bit base with the adapter beside it (two thin products a layer, the adapter file of some megabytes, no
+# **Rubric.** *1 point: the cause.* The update moves most weights by far less than half the distance between two levels, so quantizing again puts them back where they
+# were and undoes the update (quoted from section 7: the last column is about 1, or nearly all packed bytes are unchanged). A higher rank does not make the update larger
+# than the grid. *1 point: what to serve.* The 4-bit base with the adapter beside it (two thin products a layer, the adapter file of some megabytes, no
 # merging), or a merge in 16 bits onto the *dequantized* base, which costs four times the bytes (section 4: bytes a parameter). At least one, with its cost in a
 # number. Half points for either part without a number.
 #
-# **A full answer.** Training changed each weight by very little: in section 7 rounding the merged weight to NF4 moved it several times as far as the whole update. So
-# after quantizing again most of what was learned is gone, and what comes out is another rounding of almost the old weight. The file is fine: with the adapter beside the 4-bit
+# **A full answer.** The base lies on NF4's grid, and training moved each weight by very little, most of them by far less than half the way to the next level. Quantizing
+# again moves them back: in section 7 that rounding was about as large as the whole update (the ratio in the last column), and nearly all packed bytes were the old
+# ones (the share below it). So what he serves is almost the 4-bit model from before training. The file is fine: with the adapter beside the 4-bit
 # base the score is there. A higher rank allows more directions, not larger changes, and the grid stays as coarse. I would serve the 4-bit base, about 0.52 bytes a parameter, and the adapter
-# beside it, a few megabytes and two thin products in each layer. If that is too slow, merge into bf16, where rounding is a small part of the update; but then it takes 2 bytes a
+# beside it, a few megabytes and two thin products in each layer. If that is too slow, merge into bf16, whose grid is finer (its line in section 7); but then it takes 2 bytes a
 # parameter, and the merge must start from the dequantized weights, for these are what the adapter was trained with.
 #
-# **An answer worth one point.** Quantizing again makes rounding errors, and these are larger than the LoRA update, so the training is lost. He should not merge, and keep the adapter
+# **An answer worth one point.** Quantizing again makes rounding errors, and these are as large as the LoRA update, so the training is lost. He should not merge, and keep the adapter
 # separate.
 # ### END SOLUTION
 

@@ -34,6 +34,9 @@ CASES = {
             generator, "float32", torch.bfloat16, double=False
         ),
         "on one sequence without a batch dimension": lambda generator: nf4_case(generator, batch=False),
+        "when computing in float16 on an input in float32, with a bias": lambda generator: nf4_case(
+            generator, "float16", double=False, bias=True
+        ),
         "in bfloat16, with double quantization and a bias": lambda generator: nf4_case(
             generator, "bfloat16", torch.bfloat16, bias=True
         ),
@@ -44,7 +47,7 @@ CASES = {
     },
     check_qlora_layer: {
         "in float16": lambda generator: qlora_layer_case(generator, torch.float16),
-        "with factors stored in bfloat16": lambda generator: qlora_layer_case(generator, torch.bfloat16, "bfloat16"),
+        "in float16, with factors stored in it": lambda generator: qlora_layer_case(generator, torch.float16, "float16"),
     },
     check_qlora: {
         "with a tied head": lambda generator: qlora_case(generator, tied=True),
@@ -52,11 +55,13 @@ CASES = {
     },
     check_adamw_8bit: {
         "with parameters in bfloat16": lambda generator: adamw_case(generator, torch.bfloat16, steps=1),
+        "with small gradients": lambda generator: adamw_case(generator, scale=1e-4),
         "over more steps, with a larger parameter": lambda generator: adamw_case(generator, steps=5, large=150),
     },
     check_merged_weight: {
         "in float16": lambda generator: merged_case(generator, "float16", torch.float16),
         "with factors in bfloat16": lambda generator: merged_case(generator, "bfloat16", torch.bfloat16, "bfloat16"),
+        "in float16, with a base and factors in float32": lambda generator: merged_case(generator, "float16"),
     },
     check_prepare: {
         "in float16": lambda generator: prepare_case(generator, dtype="float16"),

@@ -24,6 +24,7 @@ class Adapter(nn.Module):
         self.down = nn.Linear(hidden, bottleneck)
         self.up = nn.Linear(bottleneck, hidden)
         nn.init.normal_(self.down.weight, std=0.01)
+        nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -48,10 +49,14 @@ def drive_adapter(Adapter, down_weight, down_bias, up_weight, up_bias, h, output
     if shapes != {name: list(tensor.shape) for name, tensor in given.items()}:
         return seen
     adapter.to(h.dtype)
+    start = adapter(h)
+    if not torch.is_tensor(start):
+        return seen | {"what forward returns": repr(start)[:100]}
     seen |= {
-        "down at the start": [adapter.down.weight.detach().clone(), another.down.weight.detach()],
-        "up at the start": [another.up.weight.detach(), another.up.bias.detach()],
-        "start": adapter(h).detach(),
+        "tensors at the start": {name: parameter.detach().clone() for name, parameter in parameters.items()},
+        "another's down.weight": another.down.weight.detach().to(h.dtype),
+        "a larger down.weight": Adapter(256, 64).down.weight.detach(),  # enough numbers to tell their standard deviation
+        "start": start.detach(),
     }
     with torch.no_grad():
         for name, tensor in given.items():
@@ -69,24 +74,48 @@ def drive_adapter(Adapter, down_weight, down_bias, up_weight, up_bias, h, output
 
 
 _STARTS_AS_IDENTITY = "a new adapter returns h itself, to the bit"
-_DOWN_STARTS = "down.weight starts at random, with a standard deviation from 0.001 to 2 / sqrt(hidden)"
+_DOWN_STARTS = "how down.weight starts"
+
+
+def start_of_down(weight: Tensor) -> str:
+    """Say how an adapter's down.weight starts, from one of hidden size 256 and bottleneck 64.
+
+    The standard deviation of n = 16,384 normal numbers is itself off by 1 / sqrt(2 n) = 0.55%, and their mean by 1 / sqrt(n) of
+    the standard deviation; nine of each are allowed. Houlsby et al. cut the normal distribution off at two standard
+    deviations, which leaves 0.8796 of it: that is right too.
+    """
+    mean, deviation = weight.double().mean().item(), weight.double().std().item()
+    if not weight.any():
+        return "at zero"
+    if deviation <= 1e-6 * abs(mean):
+        return "as one number everywhere"
+    if abs(mean) > 9 * deviation / math.sqrt(weight.numel()):
+        return "at random, with a mean other than 0"
+    if 0.95 * 0.8796 * 0.01 <= deviation <= 1.05 * 0.01:
+        return "at random, with a standard deviation of 0.01"
+    if 0.95 <= deviation <= 1.05:
+        return "at random, with a standard deviation of 1"
+    return f"at random, with a standard deviation {'above' if deviation > 0.01 else 'below'} 0.01"
 
 
 def read_adapter(observation: Observation, case: dict) -> Observation:
     """Judge the start from the tensors; in half precision, hold output and gradients against exact ones on average."""
-    read = {"the shapes of its parameters, by name,": observation["shapes"]}
+    read = {"the shapes of its parameters by name": observation["shapes"]}
+    if "what forward returns" in observation:
+        read["what forward returns"] = observation["what forward returns"]
     if "start" not in observation:
         return read
-    start, (down, another) = observation["start"], observation["down at the start"]
-    zero = [not tensor.any().item() for tensor in observation["up at the start"]]
-    read["the list of whether up.weight and up.bias are zero at the start"] = zero
-    if all(zero):
+    start, tensors = observation["start"], observation["tensors at the start"]
+    zero = sorted(name for name, tensor in tensors.items() if not tensor.any())
+    read["the list of what is zero at the start"] = zero
+    if {"up.weight", "up.bias"} <= set(zero):
         read["what a new adapter returns"] = start
     read |= {
         _STARTS_AS_IDENTITY: start.dtype == case["h"].dtype and torch.equal(start, case["h"]),
-        _DOWN_STARTS: 0.001 <= down.double().std().item() <= 2 / math.sqrt(down.shape[1]),
-        "two adapters start from the same down.weight": torch.equal(down, another),
-        "what forward returns": observation["what forward returns"],
+        _DOWN_STARTS: start_of_down(observation["a larger down.weight"]),
+        "two adapters start from the same down.weight": torch.equal(
+            tensors["down.weight"], observation["another's down.weight"]
+        ),
     }
     if "output" not in observation:
         return read
@@ -107,7 +136,7 @@ def read_adapter(observation: Observation, case: dict) -> Observation:
 
 
 def _multiple(name: str) -> str:
-    return f"the {'change' if name == 'change' else f'gradient of {name}'}, as a multiple of the exact one,"
+    return f"the {'change' if name == 'change' else f'gradient of {name}'} as a multiple of the exact one"
 
 
 def exact_adapter(case: dict) -> dict[str, Tensor]:
@@ -182,6 +211,7 @@ _GELU = "F.gelu(squeezed)"
 _CHANGE = "torch.matmul(bent, self.up.weight.T) + self.up.bias"
 _SUM = "return h + change"
 _START_DOWN = "nn.init.normal_(self.down.weight, std=0.01)"
+_START_DOWN_BIAS = "nn.init.zeros_(self.down.bias)"
 _START_UP = "nn.init.zeros_(self.up.weight)"
 _START_UP_BIAS = "nn.init.zeros_(self.up.bias)"
 
@@ -208,6 +238,7 @@ check_adapter = Exercise(
             _UP: "nn.Linear(bottleneck, hidden, bias=False)",
             " + self.down.bias": "",
             " + self.up.bias": "",
+            _START_DOWN_BIAS: "pass",
             _START_UP_BIAS: "pass",
         },
         "down and up have changed places: down has `bottleneck` outputs, up has `hidden`": {_DOWN: _UP, _UP: _DOWN},
@@ -228,8 +259,21 @@ check_adapter = Exercise(
             _START_UP: "pass",
             _START_UP_BIAS: "pass",
         },
-        "down.weight starts with standard deviation 1: GELU's inputs are then sqrt(hidden) times as large as h": {
-            _START_DOWN: "nn.init.normal_(self.down.weight)"
+        "down.bias starts at random: it starts at zero, as up.weight and up.bias do": {_START_DOWN_BIAS: "pass"},
+        "down.weight starts with a standard deviation of 1: write std=0.01, for the first number of nn.init.normal_ is the mean": {
+            _START_DOWN: "nn.init.normal_(self.down.weight, 0.01)"
+        },
+        "down.weight starts with a standard deviation above 0.01, as nn.Linear's own start does: nn.init.normal_ with std=0.01": {
+            _START_DOWN: "pass"
+        },
+        "down.weight starts with a standard deviation below 0.01: numbers drawn evenly from -0.01 to 0.01 have 0.0058": {
+            _START_DOWN: "nn.init.uniform_(self.down.weight, -0.01, 0.01)"
+        },
+        "down.weight starts with a mean other than zero: 0.01 is the standard deviation": {
+            _START_DOWN: "nn.init.normal_(self.down.weight, 0.01, 0.01)"
+        },
+        "down.weight starts as one number everywhere, so that all features of the bottleneck are the same: draw at random": {
+            _START_DOWN: "nn.init.constant_(self.down.weight, 0.01)"
         },
         "every adapter starts from the same down.weight: do not set a seed inside": {
             _START_DOWN: "torch.manual_seed(0); " + _START_DOWN
@@ -237,7 +281,11 @@ check_adapter = Exercise(
         "the bottleneck reads a detached h: what lies below gets only the residual's part of the gradient": {
             _SQUEEZED: _SQUEEZED.replace("(h,", "(h.detach(),")
         },
+        "the residual's h is detached: what lies below gets only the bottleneck's part of the gradient": {
+            _SUM: "return h.detach() + change"
+        },
         "the change is computed without gradients: down and up could never learn": {_SUM: "return h + change.detach()"},
+        "forward returns None: its last line needs a `return`": {_SUM: "h + change"},
         "the input is changed in place: `h + change` makes a new tensor, `h += change` writes into the old one": {
             _SUM: "h += change\n        return h"
         },
@@ -248,14 +296,14 @@ check_adapter = Exercise(
         "in one line": {
             _SQUEEZED: "self.down(h)",
             _CHANGE: "self.up(bent)",
-            _START_DOWN: "nn.init.normal_(self.down.weight, std=0.02); nn.init.zeros_(self.down.bias)",
         },
-        "F.linear and nn.GELU, and nn.Linear's own start for down": {
+        "F.linear and nn.GELU, and a start drawn by hand": {
             _SQUEEZED: "F.linear(h, self.down.weight, self.down.bias)",
             _GELU: "nn.GELU()(squeezed)",
             _CHANGE: "F.linear(bent, self.up.weight, self.up.bias)",
             _SUM: "return change + h",
-            _START_DOWN: "pass",
+            _START_DOWN: "self.down.weight = nn.Parameter(0.01 * torch.randn(bottleneck, hidden))",
+            _START_DOWN_BIAS: "self.down.bias.data.zero_()",
             _START_UP: "self.up.weight.data.zero_()",
             _START_UP_BIAS: "self.up.bias.data.fill_(0.0)",
         },
@@ -264,6 +312,9 @@ check_adapter = Exercise(
             _GELU: "squeezed * 0.5 * (1 + torch.erf(squeezed / 2**0.5))",
             _CHANGE: "bent @ self.up.weight.double().T + self.up.bias",
             _SUM: "return (h + change).to(h.dtype)",
+        },
+        "the start cut off at two standard deviations, as Houlsby et al. have it": {
+            _START_DOWN: "nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)"
         },
         "a loop over the bottleneck": {
             _CHANGE: "self.up.bias + sum(bent[..., [m]] * self.up.weight[:, m] for m in range(self.down.out_features))",
@@ -284,21 +335,28 @@ def drive_adapter_memory(Adapter, hidden, bottleneck, rows):
     adapter = Adapter(hidden, bottleneck)
     h = torch.ones(rows, hidden, requires_grad=True)  # its gradient is wanted by the layers below
     optimizer = torch.optim.AdamW([p for p in adapter.parameters() if p.requires_grad], lr=1e-3)
+    returned = adapter(h.detach().clone())
+    if not torch.is_tensor(returned):
+        return {"returned": repr(returned)[:100]}
     tensors = tensors_of_step(lambda: adapter(h).sum(), adapter.parameters(), optimizer, not_counted=[h])
     values = [value for module in adapter.modules() for value in vars(module).values()]
     attributes = [one for value in values for one in (value if isinstance(value, list) else [value]) if torch.is_tensor(one)]
-    return tensors | {"kept": [*adapter.state_dict().values(), *(held.detach() for held in attributes)]}
+    kept = [*adapter.state_dict().values(), *(held.detach() for held in attributes)]
+    return tensors | {"returned": "a tensor", "kept": kept}
 
 
-_WEIGHTS = "bytes of weights, and of tensors that are kept as buffers or attributes,"
-_SAVED = "bytes that forward saves for backward, besides h and the weights,"
+_WEIGHTS = "the bytes of weights and of tensors that are kept as buffers or attributes"
+_SAVED = "the bytes that forward saves for backward besides h and the weights"
 
 
 def read_adapter_memory(observation: Observation, case: dict) -> Observation:
     """Count the bytes of the tensors that came back."""
+    if "kept" not in observation:
+        return {"what forward returns": observation["returned"]}
     return {
-        "gradient bytes": total_bytes(observation["gradients"]),
-        "optimizer state bytes": total_bytes(observation["optimizer state"]),
+        "what forward returns": observation["returned"],
+        "the bytes of gradients": total_bytes(observation["gradients"]),
+        "the bytes of optimizer state": total_bytes(observation["optimizer state"]),
         _WEIGHTS: total_bytes(observation["kept"]),
         _SAVED: total_bytes(observation["saved"]),
     }
@@ -435,6 +493,10 @@ def drive_add_adapters(Adapted, add_adapters, layers, tied, weights, input_ids, 
         def forward(self, h):
             return h + self.up(F.gelu(self.down(h)))
 
+    returned = Adapted(nn.Linear(12, 12), Bottleneck(12, bottleneck))(torch.ones(1, 2, 12))
+    if not torch.is_tensor(returned):
+        return {"returned": repr(returned)[:100]}
+
     def add(model):
         names = getattr(add_adapters, "__globals__", {})
         theirs, names["Adapter"] = names.get("Adapter"), Bottleneck
@@ -452,7 +514,12 @@ def drive_add_adapters(Adapted, add_adapters, layers, tied, weights, input_ids, 
     before, held = model(input_ids, attention_mask).detach(), model.model.layers[0].self_attn.v_proj.weight
     add(model)
     adapters = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "down", None), nn.Linear)}
-    seen = {"adapters": sorted(adapters), "before": before, "start": model(input_ids, attention_mask).detach()}
+    seen = {
+        "returned": "a tensor",
+        "adapters": sorted(adapters),
+        "before": before,
+        "start": model(input_ids, attention_mask).detach(),
+    }
     learned = [parameter for name in sorted(adapters) for parameter in adapters[name].parameters()]
     if learned:
         nn.utils.vector_to_parameters(trained[: sum(p.numel() for p in learned)].to(learned[0].dtype), learned)
@@ -472,25 +539,33 @@ def drive_add_adapters(Adapted, add_adapters, layers, tied, weights, input_ids, 
     return seen | {"elsewhere": sorted({f"{weight.dtype} on {weight.device.type}" for weight in where})}
 
 
-_ADDED_LOGITS = "the logits, once the adapters have learned and the base's own v_proj has been changed,"
+_ADDED_LOGITS = "the logits once the adapters have learned and the base's own v_proj has been changed"
 _ADDED_START = "the logits are those of the base at the start, to the bit"
 
 
 def read_add_adapters(observation: Observation, case: dict) -> Observation:
     """Judge the start from the logits, and what learns from the gradients themselves."""
-    gradients = observation["gradients"]
-    read = {
+    read = {"what Adapted's forward returns": observation["returned"]}
+    if "adapters" not in observation:
+        return read
+    gradients, trainable = observation["gradients"], set(observation["trainable"])
+    learn = {
+        f"{one}.{part}.{kind}" for one in observation["adapters"] for part in ("down", "up") for kind in ("weight", "bias")
+    }
+    read |= {
         "the list of adapters": observation["adapters"],
         "the logits at the start": observation["start"],
         _ADDED_START: torch.equal(observation["before"], observation["start"]),
-        "the list of parameters that get a gradient": sorted(gradients),
-        "the list of parameters that require a gradient": observation["trainable"],
+        "the list of what wrongly gets a gradient": sorted(gradients.keys() - learn),
+        "the list of what wrongly gets no gradient": sorted(learn - gradients.keys()),
+        "the list of what wrongly requires a gradient": sorted(trainable - learn),
+        "the list of what wrongly requires no gradient": sorted(learn - trainable),
         _ADDED_LOGITS: observation["logits"],
         "the list of dtypes and devices of the adapters of a bf16 model on the meta device": observation["elsewhere"],
     }
     adapters = [name for name in sorted(gradients) if ".adapter." in name]
     if adapters:
-        read["the adapters' gradients, in one row,"] = torch.cat([gradients[name].flatten() for name in adapters])
+        read["the adapters' gradients"] = torch.cat([gradients[name].flatten() for name in adapters])
     return read
 
 
@@ -525,7 +600,7 @@ def add_tolerance(case: dict) -> dict[str, float]:
     return {
         "the logits at the start": unit,
         _ADDED_LOGITS: unit,
-        "the adapters' gradients, in one row,": 10 * unit,
+        "the adapters' gradients": 10 * unit,
     }
 
 
@@ -577,6 +652,9 @@ check_add_adapters = Exercise(
             _FROZEN: "pass",
             "sublayer = getattr(layer, place)": "sublayer = getattr(layer, place).requires_grad_(False)",
         },
+        "the head is left trainable: freeze the whole model, not `model.model` alone": {
+            _FROZEN: _FROZEN.replace("model.parameters()", "model.model.parameters()")
+        },
         "the norms are left trainable: Houlsby et al. train them too, here adapters are all that learns": {
             _FROZEN: _FROZEN.replace("model.parameters()", "[p for n, p in model.named_parameters() if 'norm' not in n]")
         },
@@ -592,6 +670,12 @@ check_add_adapters = Exercise(
             "for place in places:\n": 'for place in ("self_attn", "mlp"):\n'
         },
         "only the first layer gets adapters: every decoder layer does": {_OVER_LAYERS: "for number in range(1):"},
+        "the sub-layer runs without gradients: its weights need none, but the adapters below need the one that passes through it": {
+            _OUTPUT: "with torch.no_grad():\n            output = self.sublayer(*args)\n        return self.adapter(output)"
+        },
+        "forward of Adapted returns None: its last line needs a `return`": {
+            _OUTPUT: "output = self.sublayer(*args)\n        self.adapter(output)"
+        },
         "the sub-layer was copied: wrap the very module that is there": {
             "Adapted(sublayer, adapter)": "Adapted(__import__('copy').deepcopy(sublayer), adapter)"
         },
@@ -673,6 +757,9 @@ def drive_adapted_memory(Adapted, add_adapters, layers, seq, bottleneck, places,
         def forward(self, h):
             return h + self.up(F.gelu(self.down(h)))
 
+    returned = Adapted(nn.Linear(12, 12), Bottleneck(12, bottleneck))(torch.ones(1, 2, 12))
+    if not torch.is_tensor(returned):
+        return {"returned": repr(returned)[:100]}
     names = getattr(add_adapters, "__globals__", {})
     theirs, names["Adapter"] = names.get("Adapter"), Bottleneck
     model = Llama(LlamaConfig(31, 12, 20, layers, 2, 1)).to(getattr(torch, dtype))
@@ -687,17 +774,21 @@ def drive_adapted_memory(Adapted, add_adapters, layers, seq, bottleneck, places,
     )
     values = [value for module in model.modules() for value in vars(module).values()]
     attributes = [one for value in values for one in (value if isinstance(value, list) else [value]) if torch.is_tensor(one)]
-    return tensors | {"kept": [*model.state_dict().values(), *(held.detach() for held in attributes)]}
+    kept = [*model.state_dict().values(), *(held.detach() for held in attributes)]
+    return tensors | {"returned": "a tensor", "kept": kept}
 
 
-_MODEL_SAVED = "bytes that forward saves for backward, besides the weights,"
+_MODEL_SAVED = "the bytes that forward saves for backward besides the weights"
 
 
 def read_adapted_memory(observation: Observation, case: dict) -> Observation:
     """Count the bytes of the tensors that came back."""
+    if "kept" not in observation:
+        return {"what Adapted's forward returns": observation["returned"]}
     return {
-        "gradient bytes": total_bytes(observation["gradients"]),
-        "optimizer state bytes": total_bytes(observation["optimizer state"]),
+        "what Adapted's forward returns": observation["returned"],
+        "the bytes of gradients": total_bytes(observation["gradients"]),
+        "the bytes of optimizer state": total_bytes(observation["optimizer state"]),
         _WEIGHTS: total_bytes(observation["kept"]),
         _MODEL_SAVED: total_bytes(observation["saved"]),
     }
@@ -838,14 +929,19 @@ def drive_parameters(adapter_parameters, largest_bottleneck, sizes, bottleneck, 
 def parameters_case(generator: torch.Generator, places: Sequence[str] = ("mlp",), low: int = 3) -> dict:
     """Return a LLaMA's sizes, a bottleneck, and budgets: exactly enough for one, one less, between two, too small for any.
 
-    The budgets come from the formula 2 m d + d + m, for m = 10 to 25; the last but one is exactly enough for m = 1.
+    The budgets come from the formula 2 m d + d + m; the last but one is exactly enough for m = 1. The fourth to sixth tell
+    apart those who round to the nearest and those who forget biases where they turn the formula round. Just above half way,
+    only the former get one too many. With all of an adapter but `up`'s d biases, who forgets all of these gets one too many,
+    and who takes d off once does not; with half of these biases, who takes d off once does, and who forgets down's does not.
     """
     heads = 2 * between(generator, 2, 4)
     hidden = heads * 2 * between(generator, low, low + 2)
     number = (layers := between(generator, 3, 7)) * len(places)
     chosen = between(generator, 10, 15)
-    exactly, one_less, nearly_next = (number * (2 * m * hidden + hidden + m) for m in (chosen, chosen + 2, chosen + 8))
-    nearly_next += number * (2 * hidden) * 9 // 10
+    exactly, one_less, above_half = (number * (2 * m * hidden + hidden + m) for m in (chosen, chosen + 2, chosen + 4))
+    above_half += number * hidden + 3 * number // 4
+    no_bias = number * (chosen + 6) * (2 * hidden + 1)
+    half_bias = number * (5 * (2 * hidden + 1) + hidden // 2)
     smallest = number * (3 * hidden + 1)
     return {
         "sizes": {
@@ -858,7 +954,7 @@ def parameters_case(generator: torch.Generator, places: Sequence[str] = ("mlp",)
         },
         "bottleneck": between(generator, 17, 29),
         "places": list(places),
-        "budgets": [2 * exactly + 3, exactly, one_less - 1, nearly_next, smallest, smallest - 1],
+        "budgets": [2 * exactly + 3, exactly, one_less - 1, above_half, no_bias, half_bias, smallest, smallest - 1],
     }
 
 
@@ -867,6 +963,7 @@ _UP_COUNT = "bottleneck * config.hidden_size + config.hidden_size"
 _FITS = "adapter_parameters(config, bottleneck + 1, places) <= budget"
 _TOO_SMALL = 'if bottleneck == 0:\n        raise ValueError(f"{budget} parameters are not enough")'
 _SEARCH = f"while {_FITS}:\n        bottleneck += 1"
+_TURNED = "d, adapters = config.hidden_size, config.num_hidden_layers * len(places)\n    bottleneck = "
 
 check_adapter_parameters = Exercise(
     spec=[adapter_parameters, largest_bottleneck],
@@ -901,6 +998,15 @@ check_adapter_parameters = Exercise(
                 "fixed = config.num_hidden_layers * len(places) * config.hidden_size\n    bottleneck = round((budget - fixed) "
                 "/ (config.num_hidden_layers * len(places) * (2 * config.hidden_size + 1)))"
             ),
+        },
+        "up's biases are forgotten where the formula is turned round: each adapter's d of them come off the budget first": {
+            _SEARCH: f"{_TURNED}budget // (adapters * (2 * d + 1))"
+        },
+        "up's biases come off the budget once: each adapter has d of them": {
+            _SEARCH: f"{_TURNED}(budget - d) // (adapters * (2 * d + 1))"
+        },
+        "down's biases are forgotten where the formula is turned round: a feature of the bottleneck takes 2 d + 1 numbers": {
+            _SEARCH: f"{_TURNED}(budget // adapters - d) // (2 * d)"
         },
         "the budget is for one layer: it is for all of them together": {
             _FITS: _FITS + " * config.num_hidden_layers",
@@ -986,8 +1092,11 @@ def activate(model: nn.Module, *names: str) -> None:
             adapter.requires_grad_(learns)
 
 
-def drive_bank(AdapterBank, activate, weights, x, calls):
-    """Put two banks into a small frozen model and activate one selection after the other; return what each gives."""
+def drive_bank(AdapterBank, activate, weights, x, banks, calls):
+    """Put two banks into a small model, the first of them deep inside, and activate one selection after the other.
+
+    The model's first layer stays trainable, its third is frozen. At last, adapters of another model are switched on.
+    """
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -1002,16 +1111,20 @@ def drive_bank(AdapterBank, activate, weights, x, calls):
         def forward(self, h):
             return h + F.gelu(self.line(h))
 
-    model = nn.Sequential(nn.Linear(hidden, hidden), AdapterBank(), nn.Linear(hidden, hidden), AdapterBank()).to(x.dtype)
+    first, last = AdapterBank(), AdapterBank()
+    returned = last(x)
+    if not torch.is_tensor(returned):
+        return {"returned": repr(returned)[:100]}
+    inside = nn.Sequential(nn.Sequential(first))
+    model = nn.Sequential(nn.Linear(hidden, hidden), inside, nn.Linear(hidden, hidden), last).to(x.dtype)
     new, plain = model(x).detach(), model[2](model[0](x)).detach()
-    for bank, names in ((model[1], ("reviews", "fr", "en", "de")), (model[3], ("en", "de", "reviews"))):
+    for bank, names in zip((first, last), banks):
         for name in names:
             bank.adapters[name] = Bend().to(x.dtype)
-    if len(list(model.parameters())) == 18:
+    if len(list(model.parameters())) == 4 + 2 * sum(map(len, banks)):
         nn.utils.vector_to_parameters(weights.clone(), model.parameters())
-    model[0].requires_grad_(False)
     model[2].requires_grad_(False)
-    seen = {"new": new, "plain": plain, "names": sorted(model.state_dict()), "calls": []}
+    seen = {"returned": "a tensor", "new": new, "plain": plain, "names": sorted(model.state_dict()), "calls": []}
     for names in calls:
         try:
             activate(model, *names)
@@ -1031,40 +1144,68 @@ def drive_bank(AdapterBank, activate, weights, x, calls):
                 "raised": raised,
                 "output": output.detach(),
                 "trainable": sorted(name for name, p in model.named_parameters() if p.requires_grad),
-                "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+                "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
             }
         )
+    other = nn.Sequential(AdapterBank())
+    other[0].adapters["en"] = Bend().to(x.dtype)
+    try:
+        activate(other, "en")
+        seen["at last"] = model(x).detach()
+    except Exception as error:
+        seen["at last"] = type(error).__name__
     return seen
 
 
+_AT_LAST = "the output of the model after activate(another_model, 'en')"
+
+
 def read_bank(observation: Observation, case: dict) -> Observation:
-    """Name each observation by the call that led to it."""
-    read = {
+    """Name each observation by the call that led to it.
+
+    What is to learn follows from the last call that was not to be refused: before it, everything but the frozen third layer.
+    """
+    read = {"what AdapterBank's forward returns": observation["returned"]}
+    if "names" not in observation:
+        return read
+    read |= {
         "a new bank leaves everything as it is": torch.equal(observation["new"], observation["plain"]),
         "the list of names in the state dict": observation["names"],
     }
+    learn = {name for name in observation["names"] if not name.startswith("2.")}
     for names, seen in zip(case["calls"], observation["calls"]):
+        if all(name in bank for bank in case["banks"] for name in names):
+            learner = names[-1] if names else "none"
+            learn = {name for name in observation["names"] if name.startswith("0.") or f".adapters.{learner}." in name}
         call = f"activate(model, {', '.join(map(repr, names))})" if names else "activate(model)"
         read |= {
             f"the error of {call}": seen["raised"],
             f"the output after {call}": seen["output"],
-            f"the list of parameters that require a gradient after {call}": seen["trainable"],
-            f"the list of parameters that get a gradient after {call}": sorted(seen["gradients"]),
         }
-    return read
+        for what, found in (("requires", set(seen["trainable"])), ("gets", set(seen["gradients"]))):
+            read[f"the list of what wrongly {what} a gradient after {call}"] = sorted(found - learn)
+            if what == "requires" or seen["raised"] == "nothing":  # after an error there is no backward pass
+                read[f"the list of what wrongly {what} no gradient after {call}"] = sorted(learn - found)
+    return read | {_AT_LAST: observation["at last"]}
+
+
+_IN_BANKS = [["reviews", "fr", "en", "de"], ["en", "de", "reviews", "sw"]]
 
 
 def bank_case(generator: torch.Generator, calls: list[list[str]], dtype: torch.dtype = torch.float32) -> dict:
-    """Return weights for the small model's two layers and seven adapters, and inputs."""
+    """Return weights for the small model's two layers and the adapters in its two banks, and inputs."""
     hidden = between(generator, 7, 9)
     return {
-        "weights": normal(generator, 9 * (hidden * hidden + hidden)).to(dtype) * 0.5,
+        "weights": normal(generator, (2 + sum(map(len, _IN_BANKS))) * (hidden * hidden + hidden)).to(dtype) * 0.5,
         "x": normal(generator, 3, hidden).to(dtype),
+        "banks": _IN_BANKS,
         "calls": calls,
     }
 
 
-_CALLS = [["en", "reviews"], ["reviews", "fr"], ["reviews", "en"], []]
+# "fr" is missing in the last bank only, "sw" in the first only; a missing name comes first or last.
+_CALLS = [["en", "reviews"], ["reviews", "fr"], ["fr", "reviews"], ["sw", "reviews"], ["reviews", "sw"]]
+_CALLS += [["reviews", "en"], ["de", "en", "reviews"], []]
 _STACK = "h = adapter(h)"
 _BANKS = "banks = [module for module in model.modules() if isinstance(module, AdapterBank)]"
 _UNKNOWN = 'if name not in bank.adapters:\n                raise ValueError(f"there is no adapter {name!r}")'
@@ -1080,7 +1221,7 @@ check_adapter_bank = Exercise(
     tolerance=lambda case: {
         name: 1e4 * torch.finfo(case["x"].dtype).eps
         for names in case["calls"]
-        for name in [f"the output after activate(model{''.join(f', {name!r}' for name in names)})"]
+        for name in [f"the output after activate(model{''.join(f', {name!r}' for name in names)})", _AT_LAST]
     },
     mistakes={
         "the active adapters work in the opposite order: the first name comes first": {
@@ -1094,6 +1235,10 @@ check_adapter_bank = Exercise(
             _STACK: "h = h + adapter(entering) - entering",
         },
         "h is added once more behind each adapter: the residual connection is inside": {_STACK: "h = h + adapter(h)"},
+        "only the last active adapter works: all of them do, one behind the other": {
+            "for name in self.active:": "for name in self.active[-1:]:"
+        },
+        "forward of AdapterBank returns None: its last line needs a `return`": {"return h": "h"},
         "all adapters work, active or not": {"for name in self.active:": "for name in self.adapters:"},
         "the adapters are in a plain dict, where neither an optimizer nor a state dict finds them: use nn.ModuleDict": {
             "nn.ModuleDict()": "{}"
@@ -1101,16 +1246,37 @@ check_adapter_bank = Exercise(
         "every active adapter learns: only the last one does, those below it are finished": {
             _LEARNS: "name in names",
         },
+        "the first of the active adapters learns: it is the last one, on top of those that are finished": {
+            _LEARNS: "len(names) > 0 and name == names[0]"
+        },
+        "only active adapters are frozen: those that are switched off do not learn either": {
+            "adapter.requires_grad_(learns)": "name in names and adapter.requires_grad_(learns)"
+        },
         "nothing is frozen: adapters that do not learn must not ask for gradients": {
             "adapter.requires_grad_(learns)": "adapter.requires_grad_(True)"
         },
         "an adapter that was frozen once stays frozen: switch gradients on as well as off": {
             "adapter.requires_grad_(learns)": "learns or adapter.requires_grad_(False)"
         },
+        "the whole model is frozen: `activate` freezes adapters in the banks, and leaves all else as it is": {
+            "for bank in banks:\n        bank.active": "model.requires_grad_(False)\n    for bank in banks:\n        bank.active"
+        },
+        "only the model's direct children are searched: a bank may lie deeper, use model.modules()": {
+            "model.modules()": "model.children()"
+        },
         "only the first bank is switched: every bank of the model is": {_BANKS: _BANKS + "[:1]"},
         "a name that a bank does not have goes unnoticed: raise a ValueError": {
             _UNKNOWN: "pass",
             "adapter = self.adapters[name]": "adapter = self.adapters[name] if name in self.adapters else nn.Identity()",
+        },
+        "only the last of the names is looked up: any of them may be missing": {
+            "for name in names:\n            if": "for name in names[-1:]:\n            if"
+        },
+        "only the first bank is looked into before the change: any bank may lack a name": {
+            "for bank in banks:\n        for name in names:": "for bank in banks[:1]:\n        for name in names:"
+        },
+        "only the last bank is looked into before the change: any bank may lack a name": {
+            "for bank in banks:\n        for name in names:": "for bank in banks[-1:]:\n        for name in names:"
         },
         "a refused call has changed some of the banks already: look into all of them before the first change": {
             'raise ValueError(f"there is no adapter {name!r}")\n    for bank in banks:\n        bank.active': (
@@ -1122,6 +1288,11 @@ check_adapter_bank = Exercise(
             "        for name in names:",
         },
         "the names add up from call to call: each call says all that is active": {_ACTIVE: "bank.active += names"},
+        "`active` belongs to the class, so that all models share one list: make it in __init__": {
+            "    def __init__(self):": "    active = []\n\n    def __init__(self):",
+            "self.active: list[str] = []": "pass",
+            _ACTIVE: "bank.active[:] = names",
+        },
         "activate(model) without a name leaves everything as it was: it switches all adapters off": {
             _BANKS: f"if not names:\n        return\n    {_BANKS}"
         },
@@ -1219,7 +1390,7 @@ def read_join(observation: Observation, case: dict) -> Observation:
     joined = observation["joined"]
     shapes = {name: list(tensor.shape) for name, tensor in sorted(joined.items())}
     read |= {
-        "the shapes, by name,": shapes,
+        "the shapes by name": shapes,
         "the dtypes": sorted({str(tensor.dtype) for tensor in joined.values()}),
         "what was given is left as it was": observation["unchanged"],
     }

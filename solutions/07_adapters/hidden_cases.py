@@ -63,7 +63,6 @@ CASES = {
 
 # Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
 SURVIVORS = {
-    "nn.init.normal_(self.down.weight, std=0.01)  ->  pass": "what is left is nn.Linear's own start, random and small as well",
     "'self_attn'  ->  'self_attnx'": "in adapter_parameters and largest_bottleneck only the number of places counts, not their names",
     "'mlp'  ->  'mlpx'": "in adapter_parameters and largest_bottleneck only the number of places counts, not their names",
     "list(names)  ->  names": "`active` is only read: a tuple of names serves as well as a list",

@@ -179,8 +179,7 @@ def dequantize_nf4(
     blocks = weight.view(-1, block_size), packed.view(-1, block_size // 2), absmax[:, None]
     # Some blocks at a time: what was gathered is still in the processor's cache when it is multiplied and cast.
     for some, codes, scale in zip(*(tensor.split(1024) for tensor in blocks)):
-        values = table.index_select(0, codes.flatten().int()).view(torch.float32)
-        some.copy_(values.view(-1, block_size).mul_(scale))
+        some.copy_(table.index_select(0, codes.flatten().int()).view(torch.float32).view(-1, block_size).mul_(scale))
     return weight
     ### END SOLUTION
 

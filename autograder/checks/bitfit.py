@@ -36,9 +36,11 @@ def drive_add_biases(add_biases, sizes, weights, existing, input_ids, dtype):
     nn.utils.vector_to_parameters(weights[: sum(p.numel() for p in model.parameters())], model.parameters())
     model.model.layers[1].mlp.down_proj.bias = nn.Parameter(existing)
     model.to(getattr(torch, dtype)).requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
     given = dict(model.named_parameters())
+    trainable = {name: parameter.requires_grad for name, parameter in given.items()}
     before = {name: parameter.clone() for name, parameter in given.items()}
-    logits = model(input_ids)
+    logits = model(input_ids).detach()
     elsewhere = copy.deepcopy(model).to("meta")
     add_biases(model)
     after = dict(model.named_parameters())
@@ -46,10 +48,12 @@ def drive_add_biases(add_biases, sizes, weights, existing, input_ids, dtype):
     seen = {
         "parameters": sorted(after),
         "biases": biases,
+        "buffers": [name for name, _ in model.named_buffers() if name.endswith("bias")],
         "storages": len({tensor.data_ptr() for tensor in biases.values()}),
         "changed": [name for name in before if name not in after or not torch.equal(before[name], after[name])],
         "same objects": all(after.get(name) is parameter for name, parameter in given.items()),
-        "trainable": any(parameter.requires_grad for parameter in given.values()),
+        "thawed": [name for name in given if name in after and after[name].requires_grad and not trainable[name]],
+        "frozen": [name for name in given if name in after and trainable[name] and not after[name].requires_grad],
     }
     add_biases(elsewhere)
     seen["devices"] = sorted({parameter.device.type for parameter in elsewhere.parameters()})
@@ -66,6 +70,7 @@ def read_add_biases(observation: Observation, case: dict) -> Observation:
     values = torch.cat([tensor.flatten().double() for tensor in biases.values()]) if biases else torch.zeros(0)
     different = values.unique().tolist()
     return {
+        "the list of biases that are buffers": observation["buffers"],
         "the list of parameters that are no weights": [n for n in observation["parameters"] if not n.endswith(".weight")],
         "the list of shapes of the new biases": [list(biases[name].shape) for name in sorted(biases)],
         "the list of dtypes of the new biases": sorted({str(tensor.dtype) for tensor in biases.values()}),
@@ -74,8 +79,9 @@ def read_add_biases(observation: Observation, case: dict) -> Observation:
         "the list of weights that have changed": [name for name in changed if name.endswith("weight")],
         "the number of tensors that hold the new biases": observation["storages"],
         "the parameters that were there before are the same objects still": observation["same objects"],
-        "a parameter that was there before, and was frozen, has become trainable": observation["trainable"],
-        'the list of devices of a model on "meta", biases included,': observation["devices"],
+        "the list of parameters that were frozen and have become trainable": observation["thawed"],
+        "the list of parameters that were trainable and have become frozen": observation["frozen"],
+        'the list of devices of the parameters, biases too, of a model on "meta"': observation["devices"],
         "the change of the logits": observation["logits"],
     }
 
@@ -121,6 +127,9 @@ check_add_biases = Exercise(
     cases=lambda generator: [add_biases_case(generator)],
     tolerance=add_biases_tolerance,
     mistakes={
+        "the model has no biases: change it in place, a copy is lost": {
+            _WALK: "import copy\n    model = copy.deepcopy(model)\n    " + _WALK,
+        },
         "the biases start at random, as nn.Linear's own do: they start at zero, or the model changes": {
             _REGISTER: "module.bias = nn.Parameter(torch.randn_like(zeros) / 10)",
         },
@@ -173,6 +182,9 @@ check_add_biases = Exercise(
         },
         "the weights have become trainable: add_biases adds biases, and decides nothing else": {
             _REGISTER: _REGISTER + "\n                module.weight.requires_grad_(True)",
+        },
+        "the weights have been frozen: add_biases adds biases, and decides nothing else": {
+            _REGISTER: _REGISTER + "\n                module.weight.requires_grad_(False)",
         },
         "the weights were copied into new parameters: give the old layer a bias, and leave its weight where it is": {
             _REGISTER: "module.bias = nn.Parameter(zeros)\n"
@@ -247,6 +259,8 @@ def drive_train(train_biases, train_norm_gains, sizes, weights, input_ids):
         layer.self_attn.score_bias = nn.Parameter(torch.zeros(5))
         layer.mlp.bias_tower = nn.Linear(3, 5, bias=False)
         layer.mlp.norm_proj = nn.Linear(5, 3, bias=False)
+        layer.mlp.gate_norm = nn.Linear(3, 5, bias=False)
+        layer.mlp.short_conv = nn.Conv1d(3, 5, 2)  # has a bias, and is no nn.Linear
     count = sum(p.numel() for p in model.parameters())
     nn.utils.vector_to_parameters(weights[:count], model.parameters())
     model.model.layers[0].self_attn.requires_grad_(False)  # whatever somebody did with the model before
@@ -298,7 +312,7 @@ def train_case(generator: torch.Generator, layers: int = 1) -> dict:
     return {"sizes": sizes, "weights": normal(generator, 40_000) * 0.1, "input_ids": tokens}
 
 
-_KINDS = ("gradient bytes", "optimizer state bytes", "bytes that forward saves for backward, besides weights,")
+_KINDS = ("gradient bytes", "optimizer state bytes", "bytes besides weights that forward saves for backward")
 _IS_BIAS = 'parameter.requires_grad = own_name == "bias"'
 _NO_BIAS = 'if biases == 0:\n        raise ValueError("there is no bias to train")'
 _IS_NORM = "isinstance(module, RMSNorm)"
@@ -325,6 +339,25 @@ check_train = Exercise(
             _IS_BIAS: 'parameter.requires_grad = name.endswith(".bias")',
             'biases += own_name == "bias"': 'biases += name.endswith(".bias")',
         },
+        "a bias is missed whose layer is not called ..._proj: compare the last part of the name, and that alone": {
+            _IS_BIAS: 'parameter.requires_grad = name.endswith("proj.bias")',
+            'biases += own_name == "bias"': 'biases += name.endswith("proj.bias")',
+        },
+        "the biases of nn.Linear alone are trained: other layers have some too, so ask for the name, not for the type": """
+            def train_biases(model):
+                model.requires_grad_(False)
+                linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None]
+                if not linears:
+                    raise ValueError("no bias")
+                for linear in linears:
+                    linear.bias.requires_grad_(True)
+
+            def train_norm_gains(model):
+                model.requires_grad_(False)
+                for module in model.modules():
+                    if isinstance(module, RMSNorm):
+                        module.requires_grad_(True)
+        """,
         "train_biases does not freeze the rest: the weights would be trained as well": {
             _IS_BIAS: 'parameter.requires_grad = parameter.requires_grad or own_name == "bias"',
         },
@@ -344,6 +377,10 @@ check_train = Exercise(
         "train_norm_gains trains whatever has `norm` in its name: `norm_proj` is a linear layer": {
             _EACH_WEIGHT: "for name, weight in model.named_parameters():",
             _IS_GAIN: 'weight.requires_grad = "norm" in name',
+        },
+        "train_norm_gains trains what is called `..._norm.weight`: `gate_norm` is a linear layer, so ask for the type": {
+            _EACH_WEIGHT: "for name, weight in model.named_parameters():",
+            _IS_GAIN: 'weight.requires_grad = name.endswith("norm.weight")',
         },
         "the final norm is left out: it comes after the last layer, and has a gain too": {
             "in model.modules() if isinstance": "in model.model.layers.modules() if isinstance",
@@ -388,11 +425,11 @@ check_train = Exercise(
             def train_biases(model):
                 for p in model.parameters():
                     p.requires_grad_(False)
-                linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None]
-                if len(linears) == 0:
+                biases = [m.bias for m in model.modules() if getattr(m, "bias", None) is not None]
+                if len(biases) == 0:
                     raise ValueError
-                for linear in linears:
-                    linear.bias.requires_grad = True
+                for bias in biases:
+                    bias.requires_grad = True
 
             def train_norm_gains(model):
                 for p in model.parameters():
@@ -405,7 +442,7 @@ check_train = Exercise(
         "by names alone": {
             _IS_BIAS: 'parameter.requires_grad_(name == "bias" or name.endswith(".bias"))',
             _EACH_WEIGHT: "for name, weight in model.named_parameters():",
-            _IS_GAIN: 'weight.requires_grad_(name.endswith(("norm.weight", "layernorm.weight")))',
+            _IS_GAIN: 'weight.requires_grad_(name.endswith(("model.norm.weight", "layernorm.weight")))',
         },
     },
 )
@@ -537,7 +574,11 @@ check_bias_backward = Exercise(
     spec=[biased_linear, biased_linear_backward],
     driver=drive_backward,
     reading=read_backward,
-    cases=lambda generator: [backward_case(generator, 3, 7), backward_case(generator, 5)],
+    cases=lambda generator: [
+        backward_case(generator, 3, 7),
+        backward_case(generator, 5),
+        backward_case(generator, 2, 4, dtype=torch.bfloat16),
+    ],
     tolerance=backward_tolerance,
     mistakes={
         "the bias is missing in the output": {_OUTPUT: _OUTPUT.removesuffix(" + bias")},
@@ -553,6 +594,12 @@ check_bias_backward = Exercise(
         ),
         "the gradient of the bias is summed over everything: the last axis is the one to keep": _bias_gradient(
             "output_gradient.sum()"
+        ),
+        "the gradient of the bias is summed over the first two axes: `x` has just two here, and the last axis is the one to keep": (
+            _bias_gradient("output_gradient.sum((0, 1))")
+        ),
+        "the gradient of the bias is in fp32, whatever the output's gradient is in: return it in that dtype": _bias_gradient(
+            "output_gradient.float().flatten(0, -2).sum(0)"
         ),
         "the gradient of the bias is a mean over the tokens: it is their sum": {
             _GRADIENTS: "return x_gradient, bias_gradient / (output_gradient.numel() / output_gradient.shape[-1])"
@@ -650,7 +697,7 @@ def read_bias_memory(observation: Observation, case: dict) -> Observation:
     return {
         "gradient bytes": total_bytes(observation["gradients"]),
         "optimizer state bytes": total_bytes(observation["optimizer state"]),
-        "bytes that forward keeps for backward, besides the layer's own weight and bias,": total_bytes(observation["saved"]),
+        "bytes besides the layer's own weight and bias that forward keeps for backward": total_bytes(observation["saved"]),
         "the gradient of x": observation["x gradient"],
         "the gradient of the bias": observation["bias gradient"],
     }
@@ -691,7 +738,7 @@ check_bias_memory = Exercise(
         {
             "gradient bytes",
             "optimizer state bytes",
-            "bytes that forward keeps for backward, besides the layer's own weight and bias,",
+            "bytes besides the layer's own weight and bias that forward keeps for backward",
         }
     ),
     mistakes={
@@ -783,7 +830,7 @@ def load_biases(model: nn.Module, path: str | Path) -> None:
 
 
 def drive_bias_files(save_biases, load_biases, weights, other_weights, in_features, out_features):
-    """Save one model's biases, load them into others, one in fp64, and try three models that the file does not fit."""
+    """Save one model's biases, load them into others, one in fp64, and try four models that the file does not fit."""
     import os
     import tempfile
     import warnings
@@ -796,7 +843,9 @@ def drive_bias_files(save_biases, load_biases, weights, other_weights, in_featur
             super().__init__()
             self.up = nn.Linear(in_features, width)
             self.plain = nn.Linear(width, in_features, bias=False)
+            self.norm = nn.LayerNorm(width)
             self.bias_gate = nn.Parameter(torch.empty(2))
+            self.score_bias = nn.Parameter(torch.empty(3))
 
     def model(values, layers=2, width=out_features):
         built = nn.ModuleDict({"blocks": nn.ModuleList(Block(width) for _ in range(layers)), "head": nn.Linear(width, 3)})
@@ -805,10 +854,14 @@ def drive_bias_files(save_biases, load_biases, weights, other_weights, in_featur
 
     warnings.simplefilter("ignore")  # a slower way to save is still a way to save
     source, target, double = model(weights), model(other_weights), model(other_weights).double()
+    source["blocks"][1].up.bias.requires_grad_(False)
     held_by_an_optimizer = dict(target.named_parameters())
+    memory = {name: parameter.data_ptr() for name, parameter in held_by_an_optimizer.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "biases.safetensors")
         save_biases(source, path)
+        if not os.path.isfile(path):
+            return {"file": None}
         with open(path, "rb") as file:
             content = torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8).clone()
         try:
@@ -818,7 +871,9 @@ def drive_bias_files(save_biases, load_biases, weights, other_weights, in_featur
         except Exception as error:
             loading = f"{type(error).__name__}: {error}"
         refused, untouched = [], []
-        misfits = (model(other_weights, layers=1), model(other_weights, layers=3), model(other_weights, width=out_features + 1))
+        misfits = [model(other_weights, layers=1), model(other_weights, layers=3), model(other_weights, width=out_features + 1)]
+        misfits.append(model(other_weights))
+        misfits[-1]["head"].bias = nn.Parameter(misfits[-1]["head"].bias.detach()[None])
         for misfit in misfits:
             before = {name: tensor.clone() for name, tensor in misfit.state_dict().items()}
             try:
@@ -833,6 +888,7 @@ def drive_bias_files(save_biases, load_biases, weights, other_weights, in_featur
         "untouched": untouched,
         "loaded": {name: tensor.detach() for name, tensor in target.state_dict().items()},
         "double": {name: tensor.detach() for name, tensor in double.state_dict().items() if name.endswith(".bias")},
+        "moved": [name for name, p in target.named_parameters() if p.data_ptr() != memory.get(name)],
         "held": torch.cat([tensor.detach().flatten() for tensor in held_by_an_optimizer.values()]),
         "trainable": sorted(name for name, p in target.named_parameters() if p.requires_grad),
         "refused": refused,
@@ -841,15 +897,24 @@ def drive_bias_files(save_biases, load_biases, weights, other_weights, in_featur
 
 def read_bias_files(observation: Observation, case: dict) -> Observation:
     """Read the file, as bytes, without the student's help."""
+    if observation["file"] is None:
+        return {"what save_biases writes": "nothing"}
     names, tensors, size = read_safetensors(observation["file"])
-    described = ("with a layer too many", "with a layer too few", "with layers of another width")
+    described = (
+        "with a layer too many",
+        "with a layer too few",
+        "with layers of another width",
+        "with a bias of shape (n,) for one of shape (1, n)",
+    )
     return {
+        "what save_biases writes": "a file",
         "the list of names in the file": names,
         "bytes of the file": size,
         **{f"{name} in the file": tensor for name, tensor in tensors.items()},
         "the error when loading what was saved": observation["loading"],
         **{f"{name} after loading": tensor for name, tensor in observation["loaded"].items()},
-        "the parameters that an optimizer already held, after loading,": observation["held"],
+        "the list of parameters whose memory is another after loading": observation["moved"],
+        "the joined vector of the parameters that an optimizer already held": observation["held"],
         **{f"{name} after loading into a model in fp64": tensor for name, tensor in observation["double"].items()},
         "the list of trainable parameters after loading": observation["trainable"],
         **{f"the error for a file {kind}": error for kind, error in zip(described, observation["refused"])},
@@ -861,7 +926,7 @@ def bias_file_case(generator: torch.Generator, larger: int = 0) -> dict:
     """Return the flat weights of models with up to three blocks and a head."""
     in_features, out_features = between(generator, 9, 12) + larger, between(generator, 5, 8) + larger
     width = out_features + 1
-    size = 3 * (2 * in_features * width + width + 2) + 3 * width + 3
+    size = 3 * (2 * in_features * width + 3 * width + 5) + 3 * width + 3
     sizes = {"in_features": in_features, "out_features": out_features}
     return {"weights": normal(generator, size), "other_weights": normal(generator, size), **sizes}
 
@@ -886,6 +951,7 @@ check_bias_files = Exercise(
     tolerance=lambda case: {"bytes of the file": 1024},
     at_most=frozenset({"bytes of the file"}),
     mistakes={
+        "save_biases wrote no file: write it to `path`": {"save_file(tensors, path)": "pass"},
         "loading replaced the parameters by new ones, and an optimizer would go on training the old: copy into them": {
             "tensor.copy_(saved[name])": (
                 'layer, _, last = name.rpartition(".")\n'
@@ -894,6 +960,25 @@ check_bias_files = Exercise(
         },
         "the biases changed their dtype on loading: copy the numbers into the model's own tensors": {
             "tensor.copy_(saved[name])": "model.get_parameter(name).data = saved[name]",
+        },
+        "`parameter.data = tensor` puts other memory in place of the parameter's own: copy the numbers into that": {
+            "tensor.copy_(saved[name])": "model.get_parameter(name).data = saved[name].to(tensor.dtype)",
+        },
+        "a bias with as many numbers in another shape is taken: compare the shapes, not `numel()`": {
+            "saved[name].shape != own[name].shape": "saved[name].numel() != own[name].numel()",
+        },
+        "the file holds `score_bias` too: compare the last part of the name, whole, not the last letters": {
+            _SAVED: 'for name, parameter in model.named_parameters() if name.endswith("bias")}',
+            _OWN: 'for name, tensor in model.state_dict().items() if name.endswith("bias")}',
+        },
+        "a frozen bias is missing in the file: every bias of the model is saved, whatever is trained": {
+            _SAVED: _SAVED.replace("if name", "if parameter.requires_grad and name"),
+        },
+        "only the biases of nn.Linear are saved: other layers have some too, so ask for the name, not for the type": {
+            _SAVED: _SAVED.replace(
+                "if name", 'if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear) and name'
+            ),
+            _OWN: _OWN.replace("if name", 'if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear) and name'),
         },
         "a file that lacks biases of the model is loaded without a word: the names must be exactly the model's": {
             "if set(saved) != set(own):": "if set(saved) - set(own):",
@@ -965,8 +1050,8 @@ check_bias_files = Exercise(
         },
         "with open, and bytes": """
             def biases_of(model):
-                linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
-                return {name + ".bias": m.bias for name, m in linears if m.bias is not None}
+                modules = model.named_modules()
+                return {name + ".bias": m.bias for name, m in modules if getattr(m, "bias", None) is not None}
 
             def save_biases(model, path):
                 from safetensors.torch import save
@@ -1125,6 +1210,7 @@ check_fold_value_bias = Exercise(
             _ADD_BIAS: _ADD_BIAS.replace("+=", "-="),
         },
         "the value bias is there still, so that it counts twice: set it to zero": {_CLEAR: "pass"},
+        "nothing has changed: both biases are to be changed in place": {_ADD_BIAS: "pass", _CLEAR: "pass"},
         "the value bias was set to zero before it was used: fold it first": {
             _EACH_HEAD: "attention.v_proj.bias.zero_()\n    " + _EACH_HEAD,
         },

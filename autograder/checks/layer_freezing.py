@@ -34,17 +34,27 @@ def sizes_of_a_llama(generator: torch.Generator, layers: tuple[int, int] = (4, 6
 
 
 def parts(names: Sequence[str], tensors_of_a_layer: int = TENSORS_OF_A_LAYER) -> list[str]:
-    """Return which parts of a Llama these parameters are; of a layer that is there in part, how many tensors."""
+    """Return which parts of a Llama these parameters are; of layers that are there in part, how many tensors."""
     counted: dict[str, int] = {}
     for name in names:
         part = name.removeprefix("model.").removesuffix(".weight")
         if part.startswith("layers."):
             part = ".".join(part.split(".")[:2])
         counted[part] = counted.get(part, 0) + 1
-    return [
-        part if count == tensors_of_a_layer or not part.startswith("layers.") else f"{part} ({count} of {tensors_of_a_layer})"
-        for part, count in counted.items()
-    ]
+    runs: list[list[str]] = []  # of layers one after the other, as much of each
+    for part, count in counted.items():
+        previous = runs[-1][-1] if runs else ""
+        follows = previous.startswith("layers.") and part == f"layers.{int(previous.split('.')[1]) + 1}"
+        if follows and counted[previous] == count:
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    listed = []
+    for run in runs:
+        count = counted[run[0]]
+        in_part = run[0].startswith("layers.") and count != tensors_of_a_layer
+        listed.append(" to ".join(dict.fromkeys([run[0], run[-1]])) + f" ({count} of {tensors_of_a_layer})" * in_part)
+    return listed
 
 
 # ======================================================================================================================
@@ -90,9 +100,15 @@ def drive_freezing(train_last, train_first, sizes, tied, seed, calls, refused):
     functions = {"train_last": train_last, "train_first": train_first}
     held = dict(model.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in held.items()}
-    trainable, errors = [], []
+    trainable, raised, errors = [], [], []
     for name, count in calls:
-        functions[name](model, count)
+        try:
+            functions[name](model, count)
+            raised.append("nothing")
+        except ValueError:
+            if count not in (0, len(model.model.layers)):  # not a refused count: let the student see the line
+                raise
+            raised.append("ValueError")
         trainable.append([own for own, parameter in model.named_parameters() if parameter.requires_grad])
     for name, count in refused:
         try:
@@ -103,6 +119,7 @@ def drive_freezing(train_last, train_first, sizes, tied, seed, calls, refused):
     now = dict(model.named_parameters())
     return {
         "trainable": trainable,
+        "raised": raised,
         "errors": errors,
         "trainable after errors": [own for own, parameter in now.items() if parameter.requires_grad],
         "the model still has the parameters that it had": list(now) == list(held)
@@ -114,8 +131,10 @@ def drive_freezing(train_last, train_first, sizes, tied, seed, calls, refused):
 def read_freezing(observation: Observation, case: dict) -> Observation:
     """Name the parts instead of 40 parameters."""
     read = {}
-    for number, ((name, count), trainable) in enumerate(zip(case["calls"], observation["trainable"], strict=True), 1):
-        read[f"the list of what requires a gradient after call {number}, {name}(model, {count}),"] = parts(trainable)
+    seen = zip(case["calls"], observation["raised"], observation["trainable"], strict=True)
+    for number, ((name, count), raised, trainable) in enumerate(seen, 1):
+        read[f"what is raised by call {number}, {name}(model, {count})"] = raised
+        read[f"the list of what requires a gradient after call {number}, {name}(model, {count})"] = parts(trainable)
     for name in ("the model still has the parameters that it had", "the weights are what they were"):
         read[name] = observation[name]
     refused = ", ".join(f"{name}(model, {count})" for name, count in case["refused"])
@@ -125,8 +144,11 @@ def read_freezing(observation: Observation, case: dict) -> Observation:
 
 
 def freezing_case(generator: torch.Generator, tied: bool) -> dict:
-    """Return a model's sizes and a sequence of calls in which every count follows a larger and a smaller one."""
-    sizes = sizes_of_a_llama(generator)
+    """Return a model's sizes and a sequence of calls in which every count follows a larger and a smaller one.
+
+    There are 12 layers or more: the name of layer 1 begins those of layers 10 and 11.
+    """
+    sizes = sizes_of_a_llama(generator, layers=(12, 13))
     layers = sizes[3]
     some, fewer = between(generator, 2, layers - 1), 1
     return {
@@ -156,6 +178,7 @@ _NORM_FIRST = "model.model.norm.requires_grad_(True)"
 _IS_LAST = "number >= total - count"
 _IS_FIRST = "position < count"
 _REFUSE_LAST = 'if count < 0 or count > total:\n        raise ValueError(f"there are {total} layers, not {count}")\n    '
+_IS_FIRST_BY_PREFIX = "any(str(position).startswith(str(chosen)) for chosen in range(count))"
 _REFUSE_FIRST = 'if not 0 <= count <= depth:\n        raise ValueError(f"there are {depth} layers, not {count}")\n    '
 
 check_train_last = Exercise(
@@ -173,7 +196,19 @@ check_train_last = Exercise(
         "with a count of 0 every layer is trained: `layers[-0:]` is the whole list": {
             _IS_LAST: f"count == 0 or {_IS_LAST}",
         },
-        "one layer too many is trained": {_IS_LAST: "number >= total - count - 1", _IS_FIRST: "position <= count"},
+        "train_last trains one layer too many": {_IS_LAST: "number >= total - count - 1"},
+        "train_first trains one layer too many": {_IS_FIRST: "position <= count"},
+        "`model.layers.1` also begins the names of layers 10 to 19: put the dot after the number": {
+            _IS_FIRST: _IS_FIRST_BY_PREFIX,
+        },
+        "a count of 0 is refused: it is allowed, and trains the final norm alone": {
+            "if count < 0 or": "if count <= 0 or",
+            "if not 0 <= count": "if not 0 < count",
+        },
+        "the number of layers is refused as a count: it is allowed, and trains them all": {
+            "or count > total:": "or count >= total:",
+            "<= count <= depth:": "<= count < depth:",
+        },
         "the final norm, `model.model.norm`, stays frozen: both functions train it": {_NORM_LAST: "pass", _NORM_FIRST: "pass"},
         "nothing is frozen: set `requires_grad` of every parameter to False before you thaw some": {
             _FREEZE_LAST: "pass",
@@ -308,7 +343,7 @@ def read_freezing_memory(observation: Observation, case: dict) -> Observation:
         gradients = seen["gradients"]
         read |= {
             f"bytes of gradients {after}": total_bytes(gradients),
-            f"bytes of gradients that are nothing but zeros, {after},": total_bytes(g for g in gradients if not g.any()),
+            f"bytes of gradients of nothing but zeros {after}": total_bytes(g for g in gradients if not g.any()),
             f"bytes of optimizer state {after}": total_bytes(seen["optimizer state"]),
             f"the list of what has a gradient {after}": parts(seen["names"]),
             f"{SAVED} {after}": total_bytes(seen["saved"]),
@@ -340,7 +375,7 @@ check_freezing_memory = Exercise(
     spec=[train_last, train_first],
     driver=drive_freezing_memory,
     reading=read_freezing_memory,
-    cases=lambda generator: [freezing_memory_case(generator)],
+    cases=lambda generator: [freezing_memory_case(generator), freezing_memory_case(generator, layers=(12, 12), count=2)],
     at_most=frozenset(f"{SAVED} after {name}({count})" for name in ("train_last", "train_first") for count in range(9)),
     mistakes={
         "nothing is frozen: there are gradients and optimizer state for the whole model": {
@@ -355,9 +390,15 @@ check_freezing_memory = Exercise(
         },
         "gradients of frozen parameters are computed and then thrown away: forward still saves all that they take": {
             _FREEZE_LAST: (
-                "for n, own in model.named_parameters():\n        if f'.{total - 1}.' not in n and f'.{total - 2}.' not in n and n != "
-                "'model.norm.weight': own.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', None))"
+                "keep = ('model.norm.', *(f'model.layers.{number}.' for number in range(total - count, total)))\n"
+                "    for name, own in model.named_parameters():\n        if not name.startswith(keep): "
+                "own.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', None))"
             ),
+        },
+        "train_last trains one layer too many": {_IS_LAST: "number >= total - count - 1"},
+        "train_first trains one layer too many": {_IS_FIRST: "position <= count"},
+        "`model.layers.1` also begins the names of layers 10 to 19: put the dot after the number": {
+            _IS_FIRST: _IS_FIRST_BY_PREFIX,
         },
         "train_last trains the first layers: as many gradients, but backward goes all the way down": {
             _IS_LAST: _IS_FIRST.replace("position", "number"),
@@ -449,8 +490,8 @@ def drive_train_only(train_only, sizes, tie, seed, requests):
 TIES = {
     (False, False): "untied",
     (True, True): "tied",
-    (True, False): "untied by hand, whatever the config says,",
-    (False, True): "tied by hand, whatever the config says,",
+    (True, False): "untied by hand against the config",
+    (False, True): "tied by hand against the config",
 }
 
 
@@ -473,7 +514,7 @@ def train_only_case(generator: torch.Generator, tie: tuple[bool, bool]) -> dict:
     Args:
         tie: whether config and model say that embedding and head are tied. Ends untied by hand have equal values.
     """
-    sizes = sizes_of_a_llama(generator)
+    sizes = sizes_of_a_llama(generator, layers=(12, 13))  # the name of layer 1 begins that of layer 10
     order = torch.randperm(sizes[3], generator=generator).tolist()
     if order[:2] == [0, 1]:  # "which layers" must differ from "how many"
         order[:2] = order[1::-1]
@@ -487,7 +528,7 @@ def train_only_case(generator: torch.Generator, tie: tuple[bool, bool]) -> dict:
             {"embedding": True},
             {"layers": order[2:3], "embedding": True, "head": True},
             {"head": True, "norm": True},
-            {"layers": [order[-1]]},
+            {"layers": [1]},
         ],
     }
 
@@ -535,6 +576,9 @@ check_train_only = Exercise(
         },
         "as many layers as `layers` has entries are trained: it lists their numbers": {
             "if number in layers:": "if number < len(layers):",
+        },
+        "`model.layers.1` also begins the names of layers 10 to 19: put the dot after the number": {
+            "if number in layers:": "if any(str(number).startswith(str(chosen)) for chosen in layers):",
         },
         "what an earlier call has thawed stays trainable: freeze everything first": {
             _FREEZE_ONLY: (
@@ -590,7 +634,7 @@ def numbers_kept(config: LlamaConfig, layers: Sequence[int], embedding: bool = F
         if layer >= lowest:
             kept += hidden + 2 * key_value  # queries, keys and values, for attention
             kept += hidden + config.num_attention_heads  # what attention gives, and a log-sum per head
-            kept += hidden + 1  # the second norm: what it divides, and by what
+            kept += hidden + 1  # the second norm: its input, and what that is multiplied by
             kept += 3 * wide  # gate, up and silu(gate), for the two nonlinear products
         if layer > lowest:
             kept += hidden + 1  # the first norm, whose input wants a gradient
@@ -601,17 +645,22 @@ def numbers_kept(config: LlamaConfig, layers: Sequence[int], embedding: bool = F
     return answer
 
 
-def drive_numbers_kept(numbers_kept, sizes, seed, requests, measure):
+def drive_numbers_kept(numbers_kept, sizes, tied, seed, requests, measure):
     """Return the answer for each request and, if asked to measure, what a real Llama of that size keeps."""
     import torch
 
     from peftlab.llama import Llama, LlamaConfig, rotary_angles
 
-    config = LlamaConfig(*sizes)
+    config = LlamaConfig(*sizes, tie_word_embeddings=tied)
     answers, measured = [], []
     for layers, embedding in requests:
         answer = numbers_kept(config, list(layers), embedding) if embedding else numbers_kept(config, list(layers))
-        answers.append([float(number) for number in answer] if isinstance(answer, (list, tuple)) else repr(answer)[:100])
+        if not isinstance(answer, (list, tuple)):
+            answers.append(type(answer).__name__)
+        elif not all(hasattr(number, "__float__") for number in answer):
+            answers.append("a list of other things")
+        else:
+            answers.append([float(number) for number in answer])
     if not measure:
         return {"answers": answers}
     with torch.random.fork_rng(devices=[]):
@@ -654,22 +703,30 @@ def situation(layer: int, layers: Sequence[int], embedding: bool) -> str:
 
 def read_numbers_kept(observation: Observation, case: dict) -> Observation:
     """Put each answer beside its request, by the layers' situations; then say whether measurement agrees."""
-    sizes = "vocab_size, hidden_size, intermediate_size, layers, heads, key-value heads = " + ", ".join(map(str, case["sizes"]))
+    tie = ", tie_word_embeddings=True" if case["tied"] else ""
+    config, count = f"LlamaConfig({', '.join(map(str, case['sizes']))}{tie})", case["sizes"][3]
     read = {}
     for (layers, embedding), answer in zip(case["requests"], observation["answers"], strict=True):
-        asked = f"if layers {layers} and the embedding are trained" if embedding else f"if layers {layers} are trained"
-        read[f"the length of the list {asked}"] = len(answer) if isinstance(answer, list) else answer
-        for layer, number in enumerate(answer if isinstance(answer, list) else []):
-            kind = situation(layer, layers, embedding)
-            numbers = read.setdefault(f"the list of numbers kept per token by each layer that is {kind} {asked} ({sizes}),", [])
-            numbers.append(int(number) if number.is_integer() else number)
+        call = f"numbers_kept({config}, {layers}{', embedding=True' if embedding else ''})"
+        is_list = isinstance(answer, list)
+        read[f"what {call} returns"] = "a list of numbers" if is_list else answer
+        read[f"the length of {call}"] = len(answer) if is_list else 0
+        kinds: dict[str, list[int]] = {}
+        for layer in range(count):
+            kinds.setdefault(situation(layer, layers, embedding), []).append(layer)
+        for kind, entries in kinds.items():
+            numbers = [answer[entry] for entry in entries if entry < len(answer)] if is_list else []
+            read[f"the list of entries {entries} ({kind}) of {call}"] = [int(n) if n.is_integer() else n for n in numbers]
     if case["measure"]:
         read["the lists are what a real Llama keeps"] = observation["answers"] == observation["measured"]
     return read
 
 
-def kept_case(generator: torch.Generator, measure: bool = False) -> dict:
-    """Return a model's sizes and sets of trained layers: none, all, the embedding alone, and random ones with gaps."""
+def kept_case(generator: torch.Generator, measure: bool = False, tied: bool = True) -> dict:
+    """Return a model's sizes and sets of trained layers: none, all, the embedding alone, and random ones with gaps.
+
+    A tie is in the config, and tells nothing: what is trained stands in the request.
+    """
     sizes = sizes_of_a_llama(generator, layers=(5, 6))
     layers = sizes[3]
     low, high = between(generator, 1, layers - 4), between(generator, layers - 2, layers - 1)
@@ -682,12 +739,14 @@ def kept_case(generator: torch.Generator, measure: bool = False) -> dict:
         [list(range(layers)), False],
         [[], False],
     ]
-    return {"sizes": sizes, "seed": between(generator, 0, 2**31 - 1), "requests": chosen, "measure": measure}
+    seed = between(generator, 0, 2**31 - 1)
+    return {"sizes": sizes, "tied": tied, "seed": seed, "requests": chosen, "measure": measure}
 
 
 _QKV = "kept += hidden + 2 * key_value "
 _ATTENDED = "kept += hidden + config.num_attention_heads "
 _SECOND_NORM = "kept += hidden + 1  # the second norm"
+_FIRST_NORM = "kept += hidden + 1  # the first norm"
 _MLP = "kept += 3 * wide "
 _NORMED = "kept += 2 * hidden + 2 * hidden "
 _PRODUCT = "kept += wide  # what"
@@ -698,7 +757,7 @@ check_numbers_kept = Exercise(
     spec=[numbers_kept],
     driver=drive_numbers_kept,
     reading=read_numbers_kept,
-    cases=lambda generator: [kept_case(generator)],
+    cases=lambda generator: [kept_case(generator, tied=False), kept_case(generator)],
     mistakes={
         "a frozen layer keeps nothing here: above a trained one the gradient has to pass through it, and needs what it saw": {
             _REACHED: "if layer in layers:",
@@ -712,6 +771,9 @@ check_numbers_kept = Exercise(
             _INPUT: "if True:",
         },
         "a trained embedding is overlooked: then backward goes through every layer": {"-1 if embedding else ": ""},
+        "the config's tie is taken for a trained embedding: only `embedding` says so": {
+            "-1 if embedding else": "-1 if embedding or config.tie_word_embeddings else",
+        },
         "a trained embedding is taken for a trained layer 0: that layer only passes the gradient on": {
             _LEARNS: "if layer in layers or (embedding and layer == 0):",
         },
@@ -731,12 +793,25 @@ check_numbers_kept = Exercise(
         "the output of attention is left out: attention keeps it for its own backward": {
             _ATTENDED: "kept += config.num_attention_heads ",
         },
+        "the output of attention is left out where the layer is frozen: attention needs it for its own backward there too": {
+            _ATTENDED: "kept += (hidden if layer in layers else 0) + config.num_attention_heads ",
+        },
         "the output of attention is counted again for o_proj, where that is trained: it is one and the same tensor": {
             _NORMED: "kept += hidden + 2 * hidden + 2 * hidden ",
         },
-        "the one number that a norm divides by is left out": {
+        "what a norm's input is multiplied by is left out: it is one number a token": {
             _SECOND_NORM: "kept += hidden  # the second norm",
-            "kept += hidden + 1  # the first norm": "kept += hidden  # the first norm",
+            _FIRST_NORM: "kept += hidden  # the first norm",
+        },
+        "what a norm's input is multiplied by is counted as `hidden` numbers: it is one number a token": {
+            _SECOND_NORM: "kept += 2 * hidden  # the second norm",
+            _FIRST_NORM: "kept += 2 * hidden  # the first norm",
+        },
+        "what the first norm's input is multiplied by is counted as `hidden` numbers: it is one number a token": {
+            _FIRST_NORM: "kept += 2 * hidden  # the first norm",
+        },
+        "what the second norm's input is multiplied by is counted as `hidden` numbers: it is one number a token": {
+            _SECOND_NORM: "kept += 2 * hidden  # the second norm",
         },
         "each norm's output is counted once: before the gain for the gain's gradient, and after it for the projections'": {
             _NORMED: "kept += 2 * hidden ",
@@ -744,10 +819,13 @@ check_numbers_kept = Exercise(
         "the outputs of the norms are left out: the gain and the projections of a trained layer need them": {
             _NORMED: "kept += 0 "
         },
-        "a frozen layer's norms keep what they divide, and by what; the outcome is kept for the gain's gradient alone": {
-            "kept += hidden + 1  # the first norm": "kept += hidden + 1 + (0 if layer in layers else 2 * hidden)  # the first norm",
+        "frozen norms keep their products here: these are kept for the gradient of a gain, or of a weight that reads them": {
+            _FIRST_NORM: "kept += hidden + 1 + (0 if layer in layers else 2 * hidden)  # the first norm",
         },
-        "the number by which the lowest trained layer's second norm divides is left out": {
+        "a frozen layer keeps one product of a norm here: it is kept for the gradient of the gain, or of a weight that reads it": {
+            _FIRST_NORM: "kept += hidden + 1 + (0 if layer in layers else hidden)  # the first norm",
+        },
+        "what the second norm's input is multiplied by is left out in the lowest trained layer": {
             _SECOND_NORM: "kept += hidden + (layer > lowest)  # the second norm",
         },
         "the MLP keeps three wide vectors even where it is frozen: gate, up and silu(gate) make the product": {
@@ -894,19 +972,26 @@ def drive_files(save_trained, load_trained, sizes, tied, dtype, seed, trained, m
     for name, parameter in source.named_parameters():
         parameter.requires_grad = name.startswith(tuple(trained))
     frozen = built(sizes, seed + 1).requires_grad_(False)
+    # A base may have another dtype than the file, and keeps it.
+    frozen.to(torch.bfloat16 if dtype == "float32" else torch.float32)
     fresh = built(sizes, seed + 2)
     held = dict(fresh.named_parameters())
+    memory = {name: p.data_ptr() for name, p in held.items()}
     wanted = {name: p.detach().clone() for name, p in source.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trained.safetensors")
         save_trained(source, path)
+        if not os.path.isfile(path):
+            return {"file": None}
         with open(path, "rb") as file:
             content = torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8).clone()
         loading = [attempt(model, path) for model in (fresh, frozen)]
         refused, untouched = [], []
-        for misfit in misfits:
-            other = built(misfit, seed + 3)
+        others = [built(misfit, seed + 3) for misfit in (*misfits, sizes)]
+        matrix = others[-1].model.layers[-1].up_proj
+        matrix.weight = nn.Parameter(matrix.weight.detach().T.contiguous())
+        for other in others:
             as_it_was = {name: p.detach().clone() for name, p in other.named_parameters()}
             refused.append(attempt(other, path))
             untouched.append(all(torch.equal(as_it_was[name], p) for name, p in other.named_parameters()))
@@ -918,6 +1003,7 @@ def drive_files(save_trained, load_trained, sizes, tied, dtype, seed, trained, m
         "fresh": {name: p.detach() for name, p in fresh.named_parameters()},
         "frozen": {name: p.detach() for name, p in frozen.named_parameters() if name in wanted},
         "held": {name: p.detach() for name, p in held.items() if name in wanted},
+        "moved": [name for name, p in fresh.named_parameters() if p.data_ptr() != memory.get(name)],
         "head": fresh.lm_head.weight.detach(),
         "trainable": [[own for own, p in model.named_parameters() if p.requires_grad] for model in (source, fresh, frozen)],
         "refused": refused,
@@ -927,7 +1013,10 @@ def drive_files(save_trained, load_trained, sizes, tied, dtype, seed, trained, m
 
 def read_files(observation: Observation, case: dict) -> Observation:
     """Read the file, as bytes, without the student's help, and hold what was loaded against what was saved."""
+    if observation["file"] is None:
+        return {"what save_trained writes": "nothing"}
     names, tensors, size = read_safetensors(observation["file"])
+    in_file = names if isinstance(names, list) else []
     wanted, fresh = observation["wanted"], observation["fresh"]
 
     def joined(values: dict) -> Tensor:
@@ -935,25 +1024,31 @@ def read_files(observation: Observation, case: dict) -> Observation:
 
     rest = {name: tensor for name, tensor in observation["before"].items() if name not in wanted}
     unchanged = fresh.keys() == observation["before"].keys() and all(torch.equal(fresh[name], rest[name]) for name in rest)
+    misfits = ("with too few layers", "of another width", "with a transposed matrix")
     return {
+        "what save_trained writes": "a file",
         "the list of names in the file": parts(names, tensors_of_a_layer=3) if isinstance(names, list) else names,
-        "the names in the file are the parameters' own, in full": names == sorted(wanted),
+        "the name in the file that no trained parameter has": next((n for n in in_file if n not in wanted), "none"),
+        "the name of a trained parameter that the file lacks": next((n for n in wanted if n not in in_file), "none"),
         "bytes of the file": size,
         "what the tensors in the file hold": joined(tensors),
-        "the list of errors when the file is loaded into a fresh model, and into a frozen one,": observation["loading"],
+        "the list of errors on loading into a fresh model and into a frozen one": observation["loading"],
+        "the list of parameters whose memory is another after loading": parts(observation["moved"], tensors_of_a_layer=3),
         "what the parameters hold after loading into a fresh model": joined(
             {name: fresh[name] for name in wanted if name in fresh}
         ),
-        "what the parameters hold after loading into a frozen model": joined(observation["frozen"]),
+        "what the parameters hold after loading into a frozen model of another dtype": joined(observation["frozen"]),
         "what the parameters that an optimizer already held are after loading": joined(observation["held"]),
         "the head of a fresh model after loading": observation["head"],
         "the other parameters are what they were": unchanged,
-        "the number of trainable parameters of the saved model, and after loading into a fresh and a frozen one,": [
+        "the list of how many parameters are trainable in the saved, the fresh and the frozen model at the end": [
             len(own) for own in observation["trainable"]
         ],
-        "the list of errors for a model with too few layers, and for one of another width": observation["refused"],
-        "a model that the file does not fit is left alone: one with too few layers": observation["untouched"][0],
-        "a model that the file does not fit is left alone: one of another width": observation["untouched"][1],
+        **{f"the error for a model {kind}": error for kind, error in zip(misfits, observation["refused"], strict=True)},
+        **{
+            f"a model that the file does not fit is left alone: one {kind}": untouched
+            for kind, untouched in zip(misfits, observation["untouched"], strict=True)
+        },
     }
 
 
@@ -986,6 +1081,7 @@ check_trained_files = Exercise(
     tolerance=lambda case: {"bytes of the file": 512},
     at_most=frozenset({"bytes of the file"}),
     mistakes={
+        "save_trained wrote no file: write it to `path`": {"save_file(trained, path)": "pass"},
         "the file holds the whole model: save only what requires a gradient": {
             "if parameter.requires_grad:": "if True:",
         },
@@ -1024,12 +1120,19 @@ check_trained_files = Exercise(
                 "        setattr(model.get_submodule(part), last, nn.Parameter(tensor, own[name].requires_grad))"
             ),
         },
+        "`parameter.data = tensor` puts the file's memory, and its dtype, in place of the parameter's: copy the numbers": {
+            "own[name].copy_(tensor)": "own[name].data = tensor",
+        },
         "a model that lacks some of the file's layers is loaded without a word: raise a ValueError": {
             _FIT_LOOP: "",
             "own[name].copy_(tensor)": "if name in own and own[name].shape == tensor.shape: own[name].copy_(tensor)",
         },
         "a tensor of another shape is not refused with a ValueError: compare the shapes too": {
             _FITS: "name not in own",
+        },
+        "a tensor with as many numbers in another shape is taken: compare the shapes, not `numel()`": {
+            _FITS: "name not in own or own[name].numel() != tensor.numel()",
+            "own[name].copy_(tensor)": "own[name].copy_(tensor.view_as(own[name]))",
         },
         "a refused file has changed half of the model already: compare all names and shapes before the first copy": {
             _FIT_LOOP: "",
@@ -1101,7 +1204,7 @@ def run_checkpointed(layers: nn.ModuleList, x: Tensor, cos: Tensor, sin: Tensor)
     return x
 
 
-def drive_checkpointed(run_checkpointed, sizes, dtype, seed, trained, embedding, input_ids):
+def drive_checkpointed(run_checkpointed, sizes, dtype, seed, trained, partly, embedding, input_ids):
     """Train some layers of a small Llama with the layers run by the student; return gradients, bytes alive, and runs."""
     import warnings
 
@@ -1132,6 +1235,8 @@ def drive_checkpointed(run_checkpointed, sizes, dtype, seed, trained, embedding,
         model = Llama(config).to(getattr(torch, dtype)).requires_grad_(False)
     for number in trained:
         model.model.layers[number].requires_grad_(True)
+    if partly:
+        model.model.layers[trained[0]].requires_grad_(False).get_parameter(partly).requires_grad_(True)
     model.model.norm.requires_grad_(True)
     model.model.embed_tokens.requires_grad_(embedding)
     runs = []
@@ -1148,9 +1253,10 @@ def drive_checkpointed(run_checkpointed, sizes, dtype, seed, trained, embedding,
             there = [*model.parameters(), *angles]
             there = {tensor.untyped_storage().data_ptr() for tensor in there}
             kept = sum(size for storage, size in alive.storages.items() if storage.data_ptr() not in there)
+        outcome = output.detach()  # raises here, and not in the norm, if nothing came back
         model.lm_head(model.model.norm(output)).float().logsumexp(-1).sum().backward()
     return {
-        "output": output.detach(),
+        "output": outcome,
         "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
         "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
         "kept": kept,
@@ -1166,15 +1272,16 @@ RUNS = "how often any layer runs in forward and backward"
 def read_checkpointed(observation: Observation, case: dict) -> Observation:
     """Join the gradients, in a fixed order, and name the parts that have one."""
     gradients = observation["gradients"]
-    where = f", with layers {case['trained']} of {case['sizes'][3]} trained" + (
-        " and the embedding" if case["embedding"] else ""
+    where = f"if layers {case['trained']} of {case['sizes'][3]} are trained" + (
+        f" (of layer {case['trained'][0]} only {case['partly']})" if case["partly"] else ""
     )
+    where += " and the embedding" if case["embedding"] else ""
     joined = [gradients[name].flatten().float() for name in sorted(gradients)]
     # A right answer may be warned for nothing, a frozen layer at the bottom, say: the warning only tells wrong ones apart.
     told = {"torch's warning": observation["warned"]} if list(gradients) == ["model.norm.weight"] else {}
     return told | {
-        f"the list of what gets a gradient{where},": parts(list(gradients)),
-        f"the list of what requires a gradient{where},": parts(observation["trainable"]),
+        f"the list of what gets a gradient {where}": parts(list(gradients)),
+        f"the list of what requires a gradient {where}": parts(observation["trainable"]),
         OUTPUT: observation["output"],
         GRADIENTS: torch.cat(joined) if joined else torch.zeros(0),
         KEPT: observation["kept"],
@@ -1186,7 +1293,10 @@ OUTPUT, GRADIENTS = "the output of the last layer", "the joined vector of all gr
 
 
 def checkpointed_case(generator: torch.Generator, kind: str, dtype: str = "float32", layers: tuple[int, int] = (4, 4)) -> dict:
-    """Return a model's sizes and which layers are trained: "last", "first", "middle" or "embedding"."""
+    """Return a model's sizes and which layers are trained: "last", "first", "middle" or "embedding".
+
+    In "middle" the lowest trained layer is trained in part: one parameter, and not its first.
+    """
     sizes = sizes_of_a_llama(generator, layers)
     count = sizes[3]
     middle = [between(generator, 1, count - 3), count - 1]
@@ -1196,6 +1306,7 @@ def checkpointed_case(generator: torch.Generator, kind: str, dtype: str = "float
         "dtype": dtype,
         "seed": between(generator, 0, 2**31 - 1),
         "trained": trained,
+        "partly": "mlp.up_proj.weight" if kind == "middle" else "",
         "embedding": kind == "embedding",
         "input_ids": torch.randint(0, sizes[0], (2, between(generator, 6, 8)), generator=generator),
     }
@@ -1223,7 +1334,7 @@ check_run_checkpointed = Exercise(
     spec=[run_checkpointed],
     driver=drive_checkpointed,
     reading=read_checkpointed,
-    cases=lambda generator: [checkpointed_case(generator, "middle")],
+    cases=lambda generator: [checkpointed_case(generator, "middle"), checkpointed_case(generator, "embedding")],
     tolerance=checkpointed_tolerance,
     at_most=frozenset({KEPT, RUNS}),
     mistakes={
@@ -1231,7 +1342,32 @@ check_run_checkpointed = Exercise(
             "use_reentrant=False": "use_reentrant=True",
         },
         "the embedding's output is made to require a gradient: that helps, but backward now runs every frozen layer again": {
+            _RUN_LOOP: "x = x if x.requires_grad else x.requires_grad_()\n    " + _RUN_LOOP,
+        },
+        "a copy of the embedding's output is made to require a gradient: backward now runs every frozen layer again": {
             _RUN_LOOP: "x = x if x.requires_grad else x.clone().requires_grad_()\n    " + _RUN_LOOP,
+        },
+        "the embedding's output is detached and made to require a gradient: backward now runs every frozen layer again, "
+        "and a trained embedding gets no gradient": {
+            _RUN_LOOP: "x = x.detach().requires_grad_()\n    " + _RUN_LOOP,
+        },
+        "the embedding is trained, and its gradient is lost in the frozen layers: ask `x.requires_grad` too": """
+            def run_checkpointed(layers, x, cos, sin):
+                trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+                first = trained.index(True) if True in trained else len(layers)
+                for number, layer in enumerate(layers):
+                    with torch.set_grad_enabled(number >= first):
+                        x = checkpoint(layer, x, cos, sin, None, use_reentrant=False)
+                return x
+        """,
+        "a layer is taken for frozen if its first parameter is, and gets no gradient: ask all of its parameters": {
+            f"visited = {_VISITED}": (
+                "visited = x.requires_grad or next(layer.parameters()).requires_grad\n        torch.set_grad_enabled(visited)"
+            ),
+            "return x": "torch.set_grad_enabled(True)\n    return x",
+        },
+        "a layer is taken for frozen if its first parameter is, and keeps its activations: ask all of its parameters": {
+            _VISITED: "x.requires_grad or next(layer.parameters()).requires_grad",
         },
         "nothing is checkpointed: gradients are right, and all activations are kept": {_CHECKPOINT: "layer(x, cos, sin, None)"},
         "only trained layers are checkpointed: the frozen ones above them keep activations too": {

@@ -34,7 +34,7 @@ class PromptedModel(nn.Module):
             sequences.append(torch.cat([prompt.to(text.dtype), text[row]]))
             own = [1] * text.shape[1] if attention_mask is None else attention_mask[row].tolist()
             masks.append([1] * length + own)
-            positions.append([sum(masks[-1][:place]) for place in range(length + len(own))])
+            positions.append([sum(masks[-1][: place + 1]) - 1 for place in range(length + len(own))])
         if attention_mask is None:
             hidden = self.base.decode(torch.stack(sequences))
         else:
@@ -71,7 +71,7 @@ def drive_prompted(PromptedModel, sizes, weights, start, input_ids, attention_ma
     with torch.no_grad():
         given.zero_()
     seen |= {
-        "soft_prompt at the start, after `start` has been changed,": model.soft_prompt.detach().clone(),
+        "soft_prompt after `start` has been changed": model.soft_prompt.detach().clone(),
         "the list of trainable parameters": sorted(n for n, p in model.named_parameters() if p.requires_grad),
     }
     ids, mask = input_ids.clone(), None if attention_mask is None else attention_mask.clone()
@@ -89,11 +89,11 @@ def drive_prompted(PromptedModel, sizes, weights, start, input_ids, attention_ma
     return seen | {"gradients": gradients, "untouched": untouched, "after": after}
 
 
-_AFTER = "the hidden states of the text in eval mode, after the base's last norm was doubled,"
+_AFTER = "the hidden states of the text in eval mode with the base's last norm doubled"
 
 
 def read_prompted(observation: Observation, case: dict) -> Observation:
-    """Keep the hidden states of the text alone: what padding gives means nothing."""
+    """Keep the hidden states of the text: what padding gives means nothing."""
     read = {name: value for name, value in observation.items() if name.startswith(("the ", "soft_prompt", "what "))}
     if "hidden" not in observation:
         return read
@@ -102,11 +102,11 @@ def read_prompted(observation: Observation, case: dict) -> Observation:
     hidden, gradients = observation["hidden"], observation["gradients"]
     read["the list of parameters that get a gradient"] = sorted(gradients)
     read["the shape of the hidden states"] = list(hidden.shape)
-    if list(hidden.shape[:2]) != list(kept.shape):
+    if list(hidden.shape) != list(case["output_gradient"].shape):
         return read
     return read | {
-        "the hidden states of the text": hidden[kept],
-        _AFTER: observation["after"][kept],
+        "the hidden states of the text": hidden.masked_fill(~kept[..., None], 0),
+        _AFTER: observation["after"].masked_fill(~kept[..., None], 0),
         "the gradient of soft_prompt": gradients.get("soft_prompt", "None"),
         "input_ids and attention_mask are left as they were": observation["untouched"],
     }
@@ -155,8 +155,8 @@ def prompted_case(generator: torch.Generator, side: str = "none", layers: int = 
     }
 
 
-def exact_case(generator: torch.Generator, side: str, dtype: torch.dtype) -> dict:
-    """Return a case of small whole numbers for the exact model, in any dtype; the prompt stays in fp32.
+def exact_case(generator: torch.Generator, side: str, dtype: torch.dtype, prompt_dtype: torch.dtype = torch.float32) -> dict:
+    """Return a case of small whole numbers for the exact model and a prompt, each in any dtype.
 
     One position of each row gets a gradient of -1, 0 or 1 a feature: its sums over the batch are below 256, and exact in bf16.
     """
@@ -167,7 +167,7 @@ def exact_case(generator: torch.Generator, side: str, dtype: torch.dtype) -> dic
     gradient = torch.zeros_like(case["output_gradient"])
     gradient[torch.arange(batch), last] = torch.randint(-1, 2, (batch, gradient.shape[2]), generator=generator).float()
     weights = torch.randint(1, 4, case["weights"].shape, generator=generator)
-    start = torch.randint(-4, 5, case["start"].shape, generator=generator).float()
+    start = torch.randint(-4, 5, case["start"].shape, generator=generator).to(prompt_dtype)
     return case | {"weights": weights.to(dtype), "start": start, "output_gradient": gradient.to(dtype), "exact": True}
 
 
@@ -191,9 +191,9 @@ _FREEZE = "self.base.requires_grad_(False)"
 _PARAMETER = "nn.Parameter(start.detach().clone())"
 _SEQUENCE = "torch.cat([prompt.to(text.dtype), text[row]])"
 _PROMPT_MASK = "[1] * length + own"
-_POSITIONS = "[sum(masks[-1][:place]) for place in range(length + len(own))]"
-_DECODE = "self.base.decode(torch.stack(sequences), torch.tensor(masks), torch.tensor(positions))"
+_POSITIONS = "[sum(masks[-1][: place + 1]) - 1 for place in range(length + len(own))]"
 _CUT = "hidden[:, length:]"
+_MASK_AND_POSITIONS = "torch.tensor(masks), torch.tensor(positions)"
 
 _BATCHED = """
 class PromptedModel(nn.Module):
@@ -216,7 +216,12 @@ check_prompted_forward = Exercise(
     spec=[PromptedModel],
     driver=drive_prompted,
     reading=read_prompted,
-    cases=lambda generator: [prompted_case(generator, side) for side in ("none", "each")],
+    cases=lambda generator: [
+        prompted_case(generator),
+        prompted_case(generator, "each"),
+        exact_case(generator, "each", torch.bfloat16),
+        exact_case(generator, "none", torch.bfloat16, prompt_dtype=torch.bfloat16),
+    ],
     tolerance=model_tolerance,
     mistakes={
         "the prompt stands behind the text, where no token can see it: it belongs in front": {
@@ -224,17 +229,26 @@ check_prompted_forward = Exercise(
             _PROMPT_MASK: "own + [1] * length",
             _CUT: "hidden[:, : text.shape[1]]",
         },
+        "the prompt stands behind the text, and its mask in front: both belong in front": {
+            _SEQUENCE: "torch.cat([text[row], prompt.to(text.dtype)])",
+            _CUT: "hidden[:, : text.shape[1]]",
+        },
+        "the prompt stands behind the text, and what is cut off is text: the prompt belongs in front": {
+            _SEQUENCE: "torch.cat([text[row], prompt.to(text.dtype)])",
+        },
         "the hidden states of the prompt are returned too: cut them off": {_CUT: "hidden"},
         "the hidden states are cut at the wrong end: the prompt's are the first": {_CUT: "hidden[:, : text.shape[1]]"},
         "the attention mask does not cover the prompt: put as many ones in front of it as the prompt has vectors": {
             _PROMPT_MASK: "own",
         },
-        "the attention mask hides the prompt: in front of it belong ones, not zeros": {_PROMPT_MASK: "[0] * length + own"},
-        "the text sees padding: give `decode` the attention mask": {
-            "torch.tensor(masks), torch.tensor(positions)": "None, torch.tensor(positions)"
+        "the prompt's ones stand behind the text's attention mask: they belong in front of it, as the prompt does": {
+            _PROMPT_MASK: "own + [1] * length",
         },
+        "the attention mask hides the prompt: in front of it belong ones, not zeros": {_PROMPT_MASK: "[0] * length + own"},
+        "the text sees padding: give `decode` the attention mask": {_MASK_AND_POSITIONS: "None, torch.tensor(positions)"},
+        "the text sees padding: the text's own attention mask is lost": {_MASK_AND_POSITIONS: "None, None"},
         "padding between prompt and text counts as distance: the text's positions must follow the prompt's without a gap": {
-            "torch.tensor(masks), torch.tensor(positions)": "torch.tensor(masks)"
+            _MASK_AND_POSITIONS: "torch.tensor(masks)"
         },
         "the text's positions begin at 0, as the prompt's do: they must go on where the prompt's end": {
             _POSITIONS: "list(range(length)) + [sum(own[:place]) for place in range(len(own))]",
@@ -254,6 +268,15 @@ check_prompted_forward = Exercise(
         },
         "soft_prompt is `start` itself: copy it, or training changes what it came from": {
             _PARAMETER: "nn.Parameter(start.detach())"
+        },
+        "the prompt is stored in the base's dtype: it keeps that of `start`": {
+            _PARAMETER: "nn.Parameter(start.detach().clone().to(base.embed_tokens.weight.dtype))"
+        },
+        "the prompt is stored in fp32, whatever it comes in: it keeps the dtype of `start`": {
+            _PARAMETER: "nn.Parameter(start.detach().clone().float())"
+        },
+        "the prompt is not converted to the embeddings' dtype in `forward`: a base in bf16 is given fp32": {
+            _SEQUENCE: "torch.cat([prompt, text[row]])"
         },
         "the model holds a copy of its base: keep the base itself, or its weights are in memory twice": {
             _BASE: "import copy; self.base = copy.deepcopy(base)\n"
@@ -335,7 +358,7 @@ def drive_prompted_memory(PromptedModel, sizes, weights, start, input_ids, atten
     return tensors | {"kept": {name: tensor.detach() for name, tensor in (model.state_dict() | cached).items()}}
 
 
-_SAVED = "bytes that forward saves for backward, besides the weights,"
+_SAVED = "bytes besides the weights that forward saves for backward"
 
 
 def read_memory(observation: Observation, case: dict) -> Observation:
@@ -458,40 +481,43 @@ def drive_starts(random_start, vocabulary_start, text_start, table, token_ids, l
         embedding.weight.copy_(table)
     starts = {
         "random": random_start(lengths[-1], hidden),
-        "another random": random_start(lengths[-1], hidden),
+        "random again": random_start(lengths[-1], hidden),
         **{f"vocabulary {draw}": vocabulary_start(embedding, lengths[1]) for draw in range(20)},
         **{f"text {length}": text_start(embedding, token_ids, length) for length in lengths[:-1]},
     }
     seen = {name: start.detach().clone() if torch.is_tensor(start) else repr(start) for name, start in starts.items()}
-    asks = [name for name, start in starts.items() if torch.is_tensor(start) and start.requires_grad]
+    asks = {f"{name.split()[0]}_start" for name, start in starts.items() if torch.is_tensor(start) and start.requires_grad}
     with torch.no_grad():
         for start in starts.values():
             if torch.is_tensor(start):
                 start += 1
     same = torch.equal(embedding.weight, table) and embedding.weight.requires_grad
-    return {"starts": seen, "asks for a gradient": asks, "embedding as it was": same}
+    return {"starts": seen, "asks for a gradient": sorted(asks), "embedding as it was": same}
 
 
 def read_starts(observation: Observation, case: dict) -> Observation:
     """Turn random starts into what any right answer gives."""
     starts, table = observation["starts"], case["table"]
-    read = {name.partition(" ")[0]: value for name, value in starts.items() if not isinstance(value, Tensor)}
-    if read:
-        return {f"what {name}_start returns": value for name, value in read.items()}
+    returned = {f"what {name}_start returns": "a tensor" for name in ("random", "vocabulary", "text")}
+    for name, value in starts.items():
+        if not isinstance(value, Tensor):
+            returned[f"what {name.partition(' ')[0]}_start returns"] = value
+    if set(returned.values()) != {"a tensor"}:
+        return returned
     short, middle, long = case["lengths"][:-1]
-    read = {
+    read = returned | {
         "the shape of random_start": list(starts["random"].shape),
         "the dtype of random_start": str(starts["random"].dtype),
         "the mean of random_start": starts["random"].double().mean().item(),
         "the standard deviation of random_start": starts["random"].double().std().item(),
         "the share of random_start beyond two standard deviations": (starts["random"].abs() > 2).double().mean().item(),
-        "two calls of random_start give the same": torch.equal(starts["random"], starts["another random"]),
+        "two calls of random_start give the same": torch.equal(starts["random"], starts["random again"]),
         f"text_start, {len(case['token_ids'])} tokens cut to {short}": starts[f"text {short}"],
         f"text_start, {len(case['token_ids'])} tokens for {middle}": starts[f"text {middle}"],
         f"text_start, {len(case['token_ids'])} tokens for {long}": starts[f"text {long}"],
         "the shape of vocabulary_start": list(starts["vocabulary 0"].shape),
         "the dtype of vocabulary_start": str(starts["vocabulary 0"].dtype),
-        "the list of starts that ask for a gradient": observation["asks for a gradient"],
+        "the list of functions whose start asks for a gradient": observation["asks for a gradient"],
         "the embedding is as it was after the starts were changed": observation["embedding as it was"],
     }
     draws = [start for name, start in starts.items() if name.startswith("vocabulary")]
@@ -562,7 +588,10 @@ check_starts = Exercise(
         "random_start is uniform between 0 and 1: `torch.randn` gives normal numbers, `torch.rand` does not": {
             _NORMAL: "torch.rand(length, hidden)"
         },
-        "random_start has standard deviation 0.02, as a model's weights start: here it is 1": {
+        "random_start is uniform between -0.5 and 0.5, as in Lester et al.: here its numbers should be standard normal": {
+            _NORMAL: "torch.rand(length, hidden) - 0.5"
+        },
+        "random_start has standard deviation 0.02, as a model's weights when they start: it should be 1": {
             _NORMAL: _NORMAL.replace("1.0", "0.02")
         },
         "random_start is the same at every call: do not set a seed inside": {
@@ -591,7 +620,9 @@ check_starts = Exercise(
         "text_start keeps the end of the text: it is cut at the end, its first tokens stay": {
             _CYCLED: "(list(token_ids) * length)[-length:]"
         },
-        "the starts hang on the embedding by its gradient: detach them": {
+        "vocabulary_start hangs on the embedding: detach it": {_DRAWN: "return embedding(ids)"},
+        "text_start hangs on the embedding: detach it": {_TEXT: "return embedding(torch.tensor(ids))"},
+        "vocabulary_start and text_start hang on the embedding: detach them": {
             _DRAWN: "return embedding(ids)",
             _TEXT: "return embedding(torch.tensor(ids))",
         },
@@ -716,6 +747,14 @@ check_prompted_loss = Exercise(
     mistakes={
         "each position is compared with its own token: it predicts the next one": {_PLACE: "length + place"},
         "the labels are shifted once too often: the token at t is predicted at t - 1": {_PLACE: "length + place - 2"},
+        "the labels are shifted once too often, by the cut and again for the loss: the token at t is predicted at t - 1": {
+            _PLACE: "length + place - 2",
+            _COUNTED: "if label != IGNORE and place > 0:",
+        },
+        "the labels are held against the first positions, where the prompt stands: the text's come after these": {
+            _PLACE: "place - 1",
+            _COUNTED: "if label != IGNORE and place > 0:",
+        },
         "the shift goes the wrong way: the token at t is predicted at t - 1, not at t + 1": {
             _PLACE: "min(length + place + 1, logits.shape[1] - 1)"
         },
@@ -778,27 +817,45 @@ class MixedPrompts(nn.Module):
         self.soft_prompts = nn.ParameterList([nn.Parameter(prompt.detach().clone()) for prompt in prompts])
 
     def forward(self, input_ids: Tensor, task_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the hidden states of the text: each row alone, without padding, with its own prompt before it."""
-        outputs = []
-        for row, ids in enumerate(input_ids):
-            kept = torch.ones_like(ids).bool() if attention_mask is None else attention_mask[row].bool()
+        """Return the hidden states of the text: every row is hidden padding, its own prompt and its text."""
+        text = self.base.embed_tokens(input_ids)
+        longest = max(len(prompt) for prompt in self.soft_prompts)
+        sequences, masks, positions = [], [], []
+        for row in range(text.shape[0]):
             prompt = self.soft_prompts[int(task_ids[row])]
-            text = self.base.embed_tokens(ids[kept])
-            hidden = self.base.decode(torch.cat([prompt.to(text.dtype), text])[None])[0]
-            output = hidden.new_zeros(len(ids), hidden.shape[1])
-            output[kept] = hidden[len(prompt) :]
-            outputs.append(output)
-        return torch.stack(outputs)
+            missing = text.new_zeros(longest - len(prompt), text.shape[2])
+            sequences.append(torch.cat([missing, prompt.to(text.dtype), text[row]]))
+            own = [1] * text.shape[1] if attention_mask is None else attention_mask[row].tolist()
+            masks.append([0] * len(missing) + [1] * len(prompt) + own)
+            positions.append([sum(masks[-1][: place + 1]) - 1 for place in range(longest + len(own))])
+        hidden = self.base.decode(torch.stack(sequences), torch.tensor(masks), torch.tensor(positions))
+        return hidden[:, longest:]
 
 
-def drive_mixed(MixedPrompts, sizes, weights, prompts, lengths, input_ids, task_ids, attention_mask, output_gradient):
-    """Run a batch of several tasks through a small LLaMA; return the text's hidden states, and the prompts' gradients."""
+def drive_mixed(MixedPrompts, sizes, weights, prompts, lengths, input_ids, task_ids, attention_mask, output_gradient, exact):
+    """Run a batch of several tasks through a small LLaMA; return the text's hidden states, and the prompts' gradients.
+
+    Where the case is exact, the base is as in `drive_prompted`.
+    """
     import torch
     from torch import nn
 
-    from peftlab.llama import LlamaConfig, LlamaModel
+    from peftlab.llama import LlamaConfig, LlamaModel, causal_mask
 
-    base = LlamaModel(LlamaConfig(*sizes))
+    runs = []
+
+    class Counted(LlamaModel):
+        def decode(self, x, attention_mask=None, positions=None):
+            runs.append(len(x))
+            if not exact:
+                return super().decode(x, attention_mask, positions)
+            batch, seq, _ = x.shape
+            positions = (torch.arange(seq) if positions is None else positions).expand(batch, seq)
+            looked_at = causal_mask(torch.ones(batch, seq) if attention_mask is None else attention_mask)[:, 0]
+            distance = 1 + positions[:, :, None] - positions[:, None, :]
+            return ((looked_at * distance).double() @ x.double() * self.norm.weight.double()).to(x.dtype)
+
+    base = Counted(LlamaConfig(*sizes))
     nn.utils.vector_to_parameters(weights, base.parameters())
     starts = [prompt.clone() for prompt in prompts.split(lengths)]
     model = MixedPrompts(base, starts)
@@ -819,29 +876,30 @@ def drive_mixed(MixedPrompts, sizes, weights, prompts, lengths, input_ids, task_
     if hidden.requires_grad and hidden.shape == output_gradient.shape:
         hidden.backward(output_gradient)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.soft_prompts]
-    return seen | {"gradients": gradients}
+    return seen | {"gradients": gradients, "runs": len(runs)}
 
 
 def read_mixed(observation: Observation, case: dict) -> Observation:
-    """Keep the hidden states of the text alone."""
-    read = {name: value for name, value in observation.items() if name not in ("hidden", "gradients")}
+    """Keep the hidden states of the text."""
+    read = {name: value for name, value in observation.items() if name not in ("hidden", "gradients", "runs")}
     if "hidden" not in observation:
         return read
     mask, hidden = case["attention_mask"], observation["hidden"]
     kept = torch.ones_like(case["input_ids"]).bool() if mask is None else mask.bool()
     read["the shape of the hidden states"] = list(hidden.shape)
-    if list(hidden.shape[:2]) != list(kept.shape):
+    if list(hidden.shape) != list(case["output_gradient"].shape):
         return read
     gradients = {f"the gradient of prompt {task}": gradient for task, gradient in enumerate(observation["gradients"])}
-    return read | {"the hidden states of the text": hidden[kept]} | gradients
+    read["the hidden states of the text"] = hidden.masked_fill(~kept[..., None], 0)
+    return read | gradients | {"how often the base runs": observation["runs"]}
 
 
 def mixed_case(generator: torch.Generator, side: str = "none", layers: int = 1) -> dict:
     """Return a model, three prompts of different lengths, and four rows: two of one task, and one task that none asks for."""
     case = prompted_case(generator, side, layers)
-    lengths = [(3, 5, 2)[place] for place in torch.randperm(3, generator=generator)]
+    lengths = [(3, 5, 4)[place] for place in torch.randperm(3, generator=generator)]
     first, second, _ = torch.randperm(3, generator=generator).tolist()
-    kept = ("sizes", "weights", "input_ids", "attention_mask", "output_gradient")
+    kept = ("sizes", "weights", "input_ids", "attention_mask", "output_gradient", "exact")
     return {name: case[name] for name in kept} | {
         "prompts": normal(generator, sum(lengths), case["sizes"][1]),
         "lengths": lengths,
@@ -849,10 +907,24 @@ def mixed_case(generator: torch.Generator, side: str = "none", layers: int = 1) 
     }
 
 
+def exact_mixed_case(
+    generator: torch.Generator, side: str, dtype: torch.dtype, prompt_dtype: torch.dtype = torch.float32
+) -> dict:
+    """Return a case of small whole numbers for the exact model and the prompts, as `exact_case` does."""
+    case, numbers = mixed_case(generator, side), exact_case(generator, side, dtype)
+    prompts = torch.randint(-4, 5, case["prompts"].shape, generator=generator).to(prompt_dtype)
+    return case | {name: numbers[name] for name in case.keys() & numbers.keys()} | {"prompts": prompts}
+
+
 _OWN_PROMPT = "self.soft_prompts[int(task_ids[row])]"
 _LIST = "nn.ParameterList([nn.Parameter(prompt.detach().clone()) for prompt in prompts])"
-_JOINED = "torch.cat([prompt.to(text.dtype), text])[None]"
-_KEPT = "torch.ones_like(ids).bool() if attention_mask is None else attention_mask[row].bool()"
+_LONGEST = "max(len(prompt) for prompt in self.soft_prompts)"
+_ROW = "torch.cat([missing, prompt.to(text.dtype), text[row]])"
+_BEHIND = "torch.cat([prompt.to(text.dtype), missing, text[row]])"
+_ROW_MASK = "[0] * len(missing) + [1] * len(prompt) + own"
+_MASK_BEHIND = "[1] * len(prompt) + [0] * len(missing) + own"
+_ROW_POSITIONS = "[sum(masks[-1][: place + 1]) - 1 for place in range(longest + len(own))]"
+_MIXED_CUT = "hidden[:, longest:]"
 
 _MIXED_BATCH = """
 class MixedPrompts(nn.Module):
@@ -874,41 +946,24 @@ class MixedPrompts(nn.Module):
         return self.base.decode(x, mask, positions)[:, longest:]
 """
 
-
-def _mixed_batch(**edits: str) -> str:
-    """Return the batch at once with a mistake in it: each name stands for a piece of the source."""
-    pieces = {
-        "left": "(0, 0, longest - len(prompt), 0)",
-        "used": "[0] * (longest - len(prompt)) + [1] * len(prompt)",
-        "tasks_of_mask": "torch.tensor(used)[task_ids]",
-        "positions": "mask.cumsum(1) - 1",
-        "cut": "[:, longest:]",
-        "longest": "max(len(prompt) for prompt in self.soft_prompts)",
-    }
-    source = _MIXED_BATCH
-    for name, new in edits.items():
-        source = source.replace(pieces[name], new)
-    return source
-
-
-def _whole(source: str) -> dict[str, str]:
-    """Return the edits that put another class in the spec's place."""
-    return {
-        '"""One frozen model and several tasks\' prompts, of different lengths; every row is read with its own task\'s."""': "pass",
-        "return torch.stack(outputs)": "return torch.stack(outputs)\n\n" + source,
-    }
-
-
 check_mixed_prompts = Exercise(
     spec=[MixedPrompts],
     driver=drive_mixed,
     reading=read_mixed,
-    cases=lambda generator: [mixed_case(generator), mixed_case(generator, "each")],
+    cases=lambda generator: [
+        mixed_case(generator),
+        mixed_case(generator, "each"),
+        exact_mixed_case(generator, "each", torch.bfloat16),
+    ],
     # As for PromptedModel: ten times the rounding that was measured there.
-    tolerance=lambda case: {
-        "the hidden states of the text": 1e-5,
-        **{f"the gradient of prompt {task}": 3e-5 for task in range(3)},
-    },
+    tolerance=lambda case: (
+        {}
+        if case["exact"]
+        else {
+            "the hidden states of the text": 1e-5,
+            **{f"the gradient of prompt {task}": 3e-5 for task in range(3)},
+        }
+    ),
     mistakes={
         "all rows are read with the first row's prompt: look the prompt up for every row": {
             _OWN_PROMPT: "self.soft_prompts[int(task_ids[0])]"
@@ -917,26 +972,39 @@ check_mixed_prompts = Exercise(
             _OWN_PROMPT: "self.soft_prompts[row % len(self.soft_prompts)]"
         },
         "every row is read with all prompts one after the other: it needs its own alone": {
-            _OWN_PROMPT: "torch.cat(list(self.soft_prompts))"
+            _OWN_PROMPT: "torch.cat(list(self.soft_prompts))",
+            _LONGEST: "sum(len(prompt) for prompt in self.soft_prompts)",
         },
         "the longer prompts are cut to the shortest: pad the shorter ones instead": {
-            _OWN_PROMPT: _OWN_PROMPT + "[: min(len(p) for p in self.soft_prompts)]"
+            _OWN_PROMPT: _OWN_PROMPT + "[:longest]",
+            _LONGEST: "min(len(prompt) for prompt in self.soft_prompts)",
         },
-        "the zeros that pad a shorter prompt are seen by the text: the attention mask must hide them": _whole(
-            _mixed_batch(used="[1] * longest")
-        ),
-        "padding counts as distance: positions must go on from prompt to text without a gap": _whole(
-            _mixed_batch(
-                left="(0, 0, 0, longest - len(prompt))",
-                used="[1] * len(prompt) + [0] * (longest - len(prompt))",
-                positions="torch.arange(mask.shape[1])",
-            )
-        ),
-        "the hidden states of the prompt are cut off by its own length: what is cut is the longest, padding included": _whole(
-            _mixed_batch(cut="[:, min(len(p) for p in self.soft_prompts) :][:, : input_ids.shape[1]]")
-        ),
+        "the zeros that pad a shorter prompt are seen by the text: the attention mask must hide them": {
+            _ROW_MASK: "[1] * longest + own"
+        },
+        "the zeros behind a shorter prompt are seen by the text: the attention mask must hide them": {
+            _ROW: _BEHIND,
+            _ROW_MASK: "[1] * longest + own",
+        },
+        "a shorter prompt's zeros stand in front of it, and those of its mask behind: they belong on the same side": {
+            _ROW_MASK: _MASK_BEHIND
+        },
+        "a shorter prompt's zeros stand behind it, and those of its mask in front: they belong on the same side": {
+            _ROW: _BEHIND
+        },
+        "padding between prompt and text counts as distance: the text's positions must follow the prompt's without a gap": {
+            _ROW_POSITIONS: "list(range(longest + len(own)))"
+        },
+        "padding behind a shorter prompt counts as distance: the text's positions must follow the prompt's without a gap": {
+            _ROW: _BEHIND,
+            _ROW_MASK: _MASK_BEHIND,
+            _ROW_POSITIONS: "list(range(longest + len(own)))",
+        },
+        "the hidden states of the prompt are cut off by its own length: what is cut is the longest, padding included": {
+            _MIXED_CUT: "hidden[:, min(len(prompt) for prompt in self.soft_prompts) :][:, : text.shape[1]]"
+        },
         "the rows come back sorted by task: they must stay where they were": {
-            "torch.stack(outputs)": "torch.stack([outputs[row] for row in task_ids.argsort(stable=True).tolist()])"
+            _MIXED_CUT: "hidden[task_ids.argsort(stable=True), longest:]"
         },
         "the base is not frozen: only prompts may learn": {_FREEZE: "pass"},
         "the prompts are in a plain list, where no optimizer finds them: use an nn.ParameterList": {
@@ -945,25 +1013,39 @@ check_mixed_prompts = Exercise(
         "the prompts are the tensors that were given: copy them": {
             _LIST: "nn.ParameterList([nn.Parameter(prompt.detach()) for prompt in prompts])"
         },
-        "the text sees padding: the text's own attention mask is lost": {
-            "ids[kept]": "ids",
-            "output[kept] = hidden[len(prompt) :]": "output = hidden[len(prompt) :]",
+        "the prompts are stored in the base's dtype: each keeps that in which it was given": {
+            _LIST: _LIST.replace("clone()", "clone().to(base.embed_tokens.weight.dtype)")
         },
-    },
-    variants={
-        "the batch at once, padded on the left": _MIXED_BATCH,
-        "the batch at once, padded on the right": _mixed_batch(
-            left="(0, 0, 0, longest - len(prompt))",
-            used="[1] * len(prompt) + [0] * (longest - len(prompt))",
-            positions="mask.cumsum(1)",
-        ),
-        "task by task": """
+        "the prompts are not converted to the embeddings' dtype in `forward`: a base in bf16 is given fp32": {
+            _ROW: "torch.cat([missing, prompt, text[row]])"
+        },
+        "the text sees padding: the text's own attention mask is lost": {
+            "[1] * text.shape[1] if attention_mask is None else attention_mask[row].tolist()": "[1] * text.shape[1]"
+        },
+        "the base is run once for each row: pad the prompts to one length and run it once": """
             class MixedPrompts(nn.Module):
                 def __init__(self, base, prompts):
                     super().__init__()
-                    for parameter in base.parameters():
-                        parameter.requires_grad_(False)
-                    self.base = base
+                    self.base = base.requires_grad_(False)
+                    self.soft_prompts = nn.ParameterList([nn.Parameter(prompt.detach().clone()) for prompt in prompts])
+
+                def forward(self, input_ids, task_ids, attention_mask=None):
+                    outputs = []
+                    for row, ids in enumerate(input_ids):
+                        kept = torch.ones_like(ids).bool() if attention_mask is None else attention_mask[row].bool()
+                        prompt = self.soft_prompts[int(task_ids[row])]
+                        text = self.base.embed_tokens(ids[kept])
+                        hidden = self.base.decode(torch.cat([prompt.to(text.dtype), text])[None])[0]
+                        output = hidden.new_zeros(len(ids), hidden.shape[1])
+                        output[kept] = hidden[len(prompt) :]
+                        outputs.append(output)
+                    return torch.stack(outputs)
+        """,
+        "the base is run once for each task: pad the prompts to one length and run it once": """
+            class MixedPrompts(nn.Module):
+                def __init__(self, base, prompts):
+                    super().__init__()
+                    self.base = base.requires_grad_(False)
                     self.soft_prompts = nn.ParameterList(nn.Parameter(torch.clone(prompt)) for prompt in prompts)
 
                 def forward(self, input_ids, task_ids, attention_mask=None):
@@ -979,6 +1061,48 @@ check_mixed_prompts = Exercise(
                             mask[:, len(prompt) :] = attention_mask[rows]
                         output[rows] = self.base.decode(x, mask, mask.cumsum(1) - 1)[:, len(prompt) :]
                     return output
+        """,
+    },
+    variants={
+        "the batch at once, padded on the left": _MIXED_BATCH,
+        "the batch at once, padded on the right": """
+            class MixedPrompts(nn.Module):
+                def __init__(self, base, prompts):
+                    super().__init__()
+                    for parameter in base.parameters():
+                        parameter.requires_grad_(False)
+                    self.base = base
+                    self.soft_prompts = nn.ParameterList(nn.Parameter(torch.clone(prompt)) for prompt in prompts)
+
+                def forward(self, input_ids, task_ids, attention_mask=None):
+                    padded = nn.utils.rnn.pad_sequence(list(self.soft_prompts), batch_first=True)
+                    lengths = torch.tensor([len(prompt) for prompt in self.soft_prompts])
+                    used = torch.arange(padded.shape[1]) < lengths[task_ids][:, None]
+                    text = self.base.embed_tokens(input_ids)
+                    kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                    mask = torch.cat([used.to(kept.dtype), kept], 1)
+                    x = torch.cat([padded[task_ids].to(text.dtype), text], 1)
+                    return self.base.decode(x, mask, mask.cumsum(1))[:, -text.shape[1] :]
+        """,
+        "row by row, padded to the longest in the batch": """
+            class MixedPrompts(nn.Module):
+                def __init__(self, base, prompts):
+                    super().__init__()
+                    self.base = base.requires_grad_(False)
+                    self.soft_prompts = nn.ParameterList(nn.Parameter(prompt.detach().clone()) for prompt in prompts)
+
+                def forward(self, input_ids, task_ids, attention_mask=None):
+                    text = self.base.embed_tokens(input_ids)
+                    batch, seq, hidden = text.shape
+                    chosen = [self.soft_prompts[task] for task in task_ids.tolist()]
+                    longest = max(map(len, chosen))
+                    x, mask = text.new_zeros(batch, longest + seq, hidden), input_ids.new_zeros(batch, longest + seq)
+                    for row, prompt in enumerate(chosen):
+                        x[row, longest - len(prompt) : longest] = prompt.to(text.dtype)
+                        mask[row, longest - len(prompt) : longest] = 1
+                    x[:, longest:] = text
+                    mask[:, longest:] = 1 if attention_mask is None else attention_mask
+                    return self.base.decode(x, mask, positions=(mask.cumsum(-1) - 1).clamp(min=0))[:, longest:]
         """,
     },
 )
@@ -1025,19 +1149,20 @@ def drive_prompt_files(save_prompt, load_prompt, prompt, other, base, misfits):
             self.base.weight.copy_(base)
             self.soft_prompt = nn.Parameter(start.clone())
 
-    def write(path, shapes):
-        """Write a safetensors file of fp32 ones by hand."""
-        header, end = {}, 0
-        for name, shape in shapes.items():
-            start, end = end, end + 4 * torch.Size(shape).numel()
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    def write(path, tensors):
+        """Write a safetensors file by hand."""
+        header, content = {}, b""
+        for name, tensor in tensors.items():
+            start, content = len(content), content + tensor.numpy().tobytes()
+            dtype = {torch.float32: "F32", torch.float16: "F16"}[tensor.dtype]
+            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, len(content)]}
         encoded = json.dumps(header).encode()
         with open(path, "wb") as file:
-            file.write(struct.pack("<Q", len(encoded)) + encoded + torch.ones(end // 4).numpy().tobytes())
+            file.write(struct.pack("<Q", len(encoded)) + encoded + content)
 
     warnings.simplefilter("ignore")  # a slower way to save is still a way to save
-    target, refused, untouched = Prompted(other), [], []
-    held = target.soft_prompt
+    target, from_half, refused, untouched = Prompted(other), Prompted(other), [], []
+    held, place = target.soft_prompt, target.soft_prompt.data_ptr()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "prompt.safetensors")
         save_prompt(Prompted(prompt), path)
@@ -1048,9 +1173,16 @@ def drive_prompt_files(save_prompt, load_prompt, prompt, other, base, misfits):
             loading = "nothing"
         except Exception as error:
             loading = f"{type(error).__name__}: {error}"
+        path = os.path.join(folder, "half.safetensors")
+        write(path, {"soft_prompt": prompt.half()})
+        try:
+            load_prompt(from_half, path)
+            loading_half = "nothing"
+        except Exception as error:
+            loading_half = f"{type(error).__name__}: {error}"
         for number, shapes in enumerate(misfits):
             path = os.path.join(folder, f"{number}.safetensors")
-            write(path, shapes)
+            write(path, {name: torch.ones(shape) for name, shape in shapes.items()})
             model = Prompted(other)
             try:
                 load_prompt(model, path)
@@ -1064,6 +1196,9 @@ def drive_prompt_files(save_prompt, load_prompt, prompt, other, base, misfits):
         "loading": loading,
         "loaded": target.soft_prompt.detach(),
         "held": held.detach(),
+        "moved": target.soft_prompt.data_ptr() != place,
+        "loading half": loading_half,
+        "loaded from half": from_half.soft_prompt.detach(),
         "base": target.base.weight.detach(),
         "trainable": [name for name, p in target.named_parameters() if p.requires_grad],
         "refused": refused,
@@ -1080,17 +1215,27 @@ def read_prompt_files(observation: Observation, case: dict) -> Observation:
         **{f"{name} in the file": tensor for name, tensor in tensors.items()},
         "the error when loading what was saved": observation["loading"],
         "soft_prompt after loading": observation["loaded"],
-        "the parameter that an optimizer already held, after loading,": observation["held"],
+        "the optimizer's own parameter after loading": observation["held"],
+        "soft_prompt lies elsewhere in memory after loading": observation["moved"],
+        "the error when loading a file in fp16": observation["loading half"],
+        "soft_prompt after loading a file in fp16": observation["loaded from half"],
         "the base after loading": observation["base"],
         "the list of trainable parameters after loading": observation["trainable"],
-        "the error for a prompt of another width": observation["refused"][0],
-        "the error for a longer prompt": observation["refused"][1],
-        "the error for a prompt of one vector": observation["refused"][2],
-        "the error for a transposed prompt": observation["refused"][3],
-        "the error for a file that holds something else": observation["refused"][4],
-        "the error for a file that holds something else beside the prompt": observation["refused"][5],
-        "the list of whether each refused file left the model alone": observation["untouched"],
+        **{f"the error for {kind}": error for kind, error in zip(_MISFITS, observation["refused"], strict=True)},
+        "the list of refused files that have changed the model": [
+            kind for kind, untouched in zip(_MISFITS, observation["untouched"], strict=True) if not untouched
+        ],
     }
+
+
+_MISFITS = (
+    "a prompt of another width",
+    "a longer prompt",
+    "a prompt of one vector",
+    "a transposed prompt",
+    "a file that holds something else",
+    "a file that holds something else beside the prompt",
+)
 
 
 def files_case(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict:
@@ -1142,6 +1287,9 @@ check_prompt_files = Exercise(
         "loading made a new parameter, and an optimizer would go on training the old one: copy into it": {
             _COPIED: 'prompted.soft_prompt = nn.Parameter(saved["soft_prompt"])'
         },
+        "loading puts the file's tensor in the parameter's place, with its dtype and device: copy into it, `copy_`": {
+            _COPIED: 'prompted.soft_prompt.data = saved["soft_prompt"]'
+        },
         "loading changed a copy of the prompt: the model is as it was": {
             _COPIED: 'prompted.soft_prompt.clone().copy_(saved["soft_prompt"])'
         },
@@ -1167,6 +1315,12 @@ check_prompt_files = Exercise(
         "a refused file has changed the prompt already: compare before you copy": {
             _SHAPES: "prompted.soft_prompt.zero_()\n    " + _SHAPES,
         },
+        "a refused file, one with a second tensor, has changed the prompt already: compare names as well before you copy": {
+            _NAMES: (
+                'if "soft_prompt" in saved and saved["soft_prompt"].shape == prompted.soft_prompt.shape:\n'
+                f"        {_COPIED}\n    {_NAMES}"
+            ),
+        },
     },
     variants={
         "through .data": {_COPIED: 'prompted.soft_prompt.data[:] = saved["soft_prompt"]'},
@@ -1190,7 +1344,7 @@ check_prompt_files = Exercise(
                 if tensor.size() != prompted.soft_prompt.size():
                     raise ValueError(tensor.size())
                 with torch.no_grad():
-                    prompted.soft_prompt.set_(tensor.to(prompted.soft_prompt.dtype))
+                    prompted.soft_prompt.zero_().add_(tensor)
         """,
     },
 )
@@ -1246,7 +1400,8 @@ def drive_diagnose(diagnose, prompt, head, x, situations):
             model.soft_prompt.requires_grad_(False)
         groups = [{"params": [held], "lr": rate}, {"params": [own_head], "lr": other_rate}]
         groups = groups[1:] if "the head alone" in situation else groups
-        optimizer = torch.optim.AdamW(groups[::-1] if head_first else groups, lr=other_rate, weight_decay=0.1)
+        # With so small an eps AdamW takes the same steps for tiny gradients as for large ones.
+        optimizer = torch.optim.AdamW(groups[::-1] if head_first else groups, lr=other_rate, weight_decay=0.1, eps=1e-20)
         if "left over" in situation:
             model.soft_prompt.grad = torch.ones_like(model.soft_prompt)
         calls = []
@@ -1256,54 +1411,79 @@ def drive_diagnose(diagnose, prompt, head, x, situations):
 
         def loss(model=model, own_head=own_head, situation=situation, calls=calls):
             calls.append(situation)
+            if "cancel" in situation:
+                return (model.soft_prompt[0] - model.soft_prompt[1]).sum()
             prompt = model.soft_prompt.data if ".data" in situation else model.soft_prompt
             value = (own_head @ model(prompt * 0 if "zero" in situation else prompt)).pow(2).sum()
+            value = 1e-12 * value if "tiny" in situation else value
             return -value if "second" in situation else value
 
         answer = diagnose(model, optimizer, loss, steps)
-        label = f"{situation}, learning rate {rate:.2g}, {steps} steps"
-        seen[f"what is said of {label},"] = answer if isinstance(answer, str) else repr(answer)
+        label = f"{situation} (learning rate {rate:.2g}, {steps} steps)"
+        seen[f"the diagnosis of {label}"] = answer if isinstance(answer, str) else repr(answer)
         left = [
             parameter.grad is not None and parameter.grad.any() and (old is None or not torch.equal(parameter.grad, old))
             for parameter, old in zip((model.soft_prompt, own_head), before)
         ]
-        seen[f"gradients are left behind by {label},"] = any(left)
+        seen[f"gradients are left behind by {label}"] = any(left)
         moved = not torch.equal(model.soft_prompt.detach(), prompt) or not torch.equal(own_head.detach(), head)
-        seen[f"weights have changed in {label},"] = moved
-        seen[f"the loss was computed in {label},"] = bool(calls)
+        seen[f"weights have changed in {label}"] = moved
+        seen[f"the loss was computed in {label}"] = bool(calls)
     return seen
+
+
+_REACHES = (80, 15, 9.6, 5.8, 4.2, 2.85, 1.6, 1.06, 0.3, 0.6, 0.85, 0.95)
+"""How far runs reach, where 1 is just enough, so that every wrong size and share is wrong in other runs.
+
+With 45 to 84 entries, 9 to 12 a row, of the numbers below, it takes: by a mean 0.45, a mean absolute value 0.80, a standard deviation 0.90,
+the mean square 1.12 (where the scale is 1), the largest entry 2.5 to 2.7, a row's norm 2.9 to 3.5, half of the size 5, the norm 6.7 to 9.2, the whole
+size 10, a hundredth 0.1, without the steps 30 to 60, and with the tenth on the wrong side 100.
+"""
 
 
 def diagnose_case(generator: torch.Generator, scale: float = 1.0) -> dict:
     """Return a prompt, a head, and situations: both learning rates, the steps, and how optimizer and head were set up.
 
-    The prompt has mean 0.8 and standard deviation 1, so its root mean square is 1.28, times the scale: nothing else will do for
-    it. A learning rate that is too small lies a tenth or more below what is enough, and one that is enough a tenth or more above.
+    The prompt's numbers are those of a normal distribution with mean 0.5 and standard deviation 1, times the scale, evenly drawn, in
+    random order: a wrong size is then off by the same factor in every case.
     """
     length, hidden, steps = between(generator, 5, 7), between(generator, 9, 12), between(generator, 30, 60)
-    prompt = normal(generator, length, hidden)
-    prompt = scale * ((prompt - prompt.mean()) / prompt.std() + 0.8)
+    drawn = torch.special.ndtri((torch.arange(length * hidden) + 0.5) / (length * hidden))
+    prompt = scale * (drawn / drawn.std() + 0.5)[torch.randperm(length * hidden, generator=generator)].view(length, hidden)
     needed = prompt.pow(2).mean().sqrt().item() / 10
     enough = 1.1 * needed / steps
+    data = "a forward that uses soft_prompt.data"
     situations = [
+        *(
+            (
+                f"a run that reaches {reach:g} times what is enough",
+                reach * needed / steps,
+                reach * needed / steps,
+                steps,
+                False,
+                False,
+            )
+            for reach in _REACHES
+        ),
         ("a run that is all right", enough, enough / 50, steps, True, False),
         ("a second run that is all right", enough, 50 * enough, steps, False, True),
         ("a run of one step", 1.1 * needed, enough, 1, False, False),
-        ("a fast run", 9.5 * needed / steps, enough, steps, False, False),
+        ("a run whose gradients are tiny", enough, enough, steps, False, False),
+        ("a run whose gradients cancel in their sum", enough, enough, steps, False, False),
         ("a slow run", 0.9 * needed / steps, 50 * enough, steps, True, False),
-        ("a slower run", 0.7 * needed / steps, 50 * enough, steps, False, False),
-        ("a forward that uses soft_prompt.data", enough, enough, steps, True, False),
-        ("a forward that uses soft_prompt.data, with an old gradient left over", enough, enough, steps, True, False),
-        ("a forward that uses soft_prompt.data before a frozen head", enough, enough, steps, False, True),
-        ("a slow run whose forward uses soft_prompt.data", 0.7 * needed / steps, enough, steps, False, False),
+        (data, enough, enough, steps, True, False),
+        (f"{data}, with an old gradient left over", enough, enough, steps, True, False),
+        (f"{data} before a frozen head", enough, enough, steps, False, True),
+        (f"{data}, and an optimizer that holds the head alone", enough, enough, steps, False, False),
         (
-            "a forward that uses soft_prompt.data, and an optimizer that holds the head alone",
+            f"{data}, and an optimizer that holds the head alone, with an old gradient left over",
             enough,
             enough,
             steps,
             False,
             False,
         ),
+        (f"a slow run: {data}", 0.7 * needed / steps, enough, steps, False, False),
         ("a forward that multiplies the prompt by zero", enough, enough, steps, True, False),
         ("a prompt that is frozen", enough, enough, steps, False, False),
         ("a prompt that was replaced after the optimizer was made", enough, enough, steps, False, False),
@@ -1335,6 +1515,15 @@ check_diagnose = Exercise(
         "a gradient of zeros is taken for one: a prompt that the mask hides gets zeros, not None": {
             _NO_GRADIENT: "gradient is None"
         },
+        "only the optimizer's gradients are cleared first: where it does not hold the prompt, an old one stays": {
+            _CLEAR: "    optimizer.zero_grad()\n    value"
+        },
+        "a small gradient is taken for none: AdamW divides by its size, only None and exact zeros count": {
+            _NO_GRADIENT: "gradient is None or gradient.norm() < 1e-6"
+        },
+        "the sum of the gradient is asked, in which positive and negative numbers cancel: ask whether any is not zero": {
+            _NO_GRADIENT: "gradient is None or gradient.sum() == 0"
+        },
         "`requires_grad` is asked instead of backward: a prompt may require a gradient and get none": {
             _NO_GRADIENT: "not prompted.soft_prompt.requires_grad"
         },
@@ -1359,9 +1548,32 @@ check_diagnose = Exercise(
         "the prompt's size is its mean, where positive and negative numbers cancel: take the root mean square": {
             _SIZE: "prompted.soft_prompt.detach().mean()"
         },
+        "the prompt's size is its standard deviation, which leaves the mean out: take the root mean square": {
+            _SIZE: "prompted.soft_prompt.detach().std()"
+        },
+        "the prompt's size is the mean of its absolute values: take the root mean square": {
+            _SIZE: "prompted.soft_prompt.detach().abs().mean()"
+        },
+        "the prompt's size is its largest entry: take the root mean square": {
+            _SIZE: "prompted.soft_prompt.detach().abs().max()"
+        },
+        "the prompt's size is its mean square: take the root of it": {_SIZE: "prompted.soft_prompt.detach().pow(2).mean()"},
+        "the prompt's size is that of a row, whose norm grows with its length: take the root mean square": {
+            _SIZE: "prompted.soft_prompt.detach().norm(dim=1).mean()"
+        },
         "the prompt's size is its norm, which grows with the number of its entries: take the root mean square": {
             _SIZE: "prompted.soft_prompt.detach().norm()"
         },
+        "the factor of a tenth is missing: too slow is what reaches less than a tenth of the size": {
+            _REACH: 'group["lr"] * steps < size'
+        },
+        "the tenth is on the wrong side: the learning rate times the steps is compared with a tenth of the size": {
+            _REACH: 'group["lr"] * steps / 10 < size'
+        },
+        "a hundredth of the size is taken for enough: less than a tenth is too slow": {
+            _REACH: 'group["lr"] * steps < size / 100'
+        },
+        "half of the size is asked for: a tenth of it is enough": {_REACH: 'group["lr"] * steps < size / 2'},
         "the comparison is upside down: too slow is what reaches less than a tenth of the size": {
             _REACH: 'group["lr"] * steps > size / 10'
         },
@@ -1375,6 +1587,12 @@ check_diagnose = Exercise(
             _CLEAR_AFTER: "gradient = prompted.soft_prompt.grad\n    gradient = gradient if gradient is None else gradient.clone()\n    optimizer.zero_grad()\n"
         },
         "the prompt has moved: a diagnosis takes no step": {"value.backward()": "value.backward()\n        optimizer.step()"},
+        'the optimizer is searched for the prompt before the gradient is known: say "no gradient" first': {
+            "    value = loss()": (
+                "    if not any(held is prompted.soft_prompt for group in optimizer.param_groups for held in group['params']):\n"
+                '        return "not in the optimizer"\n    value = loss()'
+            )
+        },
         'the optimizer is asked before the gradient: say "no gradient" first': {
             "    value = loss()": (
                 '    holding = [group for group in optimizer.param_groups if any(p is prompted.soft_prompt for p in group["params"])]\n'

@@ -12,6 +12,7 @@ from autograder.checks.prompt_tuning import (
     check_starts,
     diagnose_case,
     exact_case,
+    exact_mixed_case,
     files_case,
     loss_case,
     memory_case,
@@ -27,6 +28,9 @@ CASES = {
         "on a base in bfloat16, with a prompt in fp32": lambda generator: exact_case(generator, "each", torch.bfloat16),
         "on a base in float16, with a prompt in fp32 and no mask": lambda generator: exact_case(
             generator, "none", torch.float16
+        ),
+        "on a base in fp32, with a prompt in bfloat16": lambda generator: exact_case(
+            generator, "left", torch.float32, torch.bfloat16
         ),
     },
     check_prompted_memory: {
@@ -44,6 +48,10 @@ CASES = {
     check_mixed_prompts: {
         "in two layers, padded on the left": lambda generator: mixed_case(generator, "left", layers=2),
         "in two layers, padded on the right": lambda generator: mixed_case(generator, "right", layers=2),
+        "on a base in float16, with prompts in fp32": lambda generator: exact_mixed_case(generator, "none", torch.float16),
+        "on a base in fp32, with prompts in bfloat16": lambda generator: exact_mixed_case(
+            generator, "left", torch.float32, torch.bfloat16
+        ),
     },
     check_prompt_files: {
         "in bfloat16": lambda generator: files_case(generator, torch.bfloat16),

@@ -1067,9 +1067,11 @@ def double_case(generator: torch.Generator, low: int = 530, high: int = 700) -> 
         absmax = (middle + spread * (2 * torch.rand(count, generator=generator) - 1)).round() / 1024
         centred = absmax.double() - absmax.double().mean()
         scaled = torch.cat([block / block.abs().max() for block in centred.split(256)])
-        below, above = (nearest_code((scaled + shift).float()) for shift in (-2e-6, 2e-6))
-        nearest = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2)
-        if torch.equal(below, above) and torch.equal(below.long(), nearest):
+        codes = nearest_code(scaled.float()).long()
+        shifted = [scaled - 2e-6, scaled + 2e-6]
+        found = [nearest_code(near.float()).long() for near in shifted]
+        found += [torch.bucketize(near, (values[:-1] + values[1:]) / 2) for near in shifted]
+        if all(torch.equal(codes, near) for near in found):
             break
     other = between(generator, 300, 500)
     return {

@@ -11,6 +11,7 @@ from nbgrader.preprocessors import (
 )
 
 from autograder.execute import ExecuteInSandbox
+from autograder.page_style import StyleTables
 from autograder.rubric import HideRubric, ShowRubric
 from autograder.sanitize import Repair
 
@@ -34,7 +35,12 @@ c.Autograde.autograde_preprocessors = [
 ]
 
 # Feedback shows neither the rubric, nor the lines that call hidden tests, nor any script that a submission printed.
-c.GenerateFeedback.preprocessors = [HideRubric, ClearHiddenTests, *GenerateFeedback.preprocessors.default_args[0]]
+c.GenerateFeedback.preprocessors = [
+    HideRubric,
+    ClearHiddenTests,
+    *GenerateFeedback.preprocessors.default_args[0],
+    StyleTables,
+]
 c.HTMLExporter.sanitize_html = True
 # Sanitized HTML has lost its pictures, which come as images, too.
 c.HTMLExporter.NbConvertBase.display_data_priority = [

@@ -186,4 +186,6 @@ def test_an_instructor_generates_grades_overrides_marks_by_rubric_and_gives_feed
     for text in (MISTAKE, "What of the activations?", f"{full - lost + 2.5:g}"):
         expect(page.locator("body")).to_contain_text(text)
     assert "Rubric." not in page.content()
+    # nbgrader's style sheet takes the spaces from tables.
+    assert page.locator("th").first.evaluate("cell => parseFloat(getComputedStyle(cell).paddingRight)") > 5
     page.screenshot(path=SCREENSHOTS / "feedback.png")

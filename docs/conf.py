@@ -4,7 +4,7 @@ project = "Parameter-efficient fine-tuning, from scratch"
 html_title = project
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
 html_theme = "furo"
-html_show_sphinx = html_copy_source = False
+html_show_sphinx = html_show_copyright = html_copy_source = False
 exclude_patterns = ["introduction.md"]  # included by the front page
 nb_execution_mode = "off"  # the outputs are those of the run that was laid out
 nb_merge_streams = True

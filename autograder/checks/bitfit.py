@@ -922,13 +922,13 @@ def read_bias_files(observation: Observation, case: dict) -> Observation:
     }
 
 
-def bias_file_case(generator: torch.Generator, larger: int = 0) -> dict:
-    """Return the flat weights of models with up to three blocks and a head."""
+def bias_file_case(generator: torch.Generator, larger: int = 0, dtype: torch.dtype = torch.float32) -> dict:
+    """Return the flat weights of models with up to three blocks and a head; the saved one's are of `dtype`."""
     in_features, out_features = between(generator, 9, 12) + larger, between(generator, 5, 8) + larger
     width = out_features + 1
     size = 3 * (2 * in_features * width + 3 * width + 5) + 3 * width + 3
     sizes = {"in_features": in_features, "out_features": out_features}
-    return {"weights": normal(generator, size), "other_weights": normal(generator, size), **sizes}
+    return {"weights": normal(generator, size).to(dtype), "other_weights": normal(generator, size), **sizes}
 
 
 _SAVED = 'for name, parameter in model.named_parameters() if name.split(".")[-1] == "bias"}'

@@ -466,7 +466,7 @@ print(f"norm gains keep more than biases by {more / MEBIBYTE:.1f} MiB")
 # ## 5. The bias file  ·  2 points, about 15 minutes
 #
 # What was learned is the biases, and nothing else needs to be saved. `save_biases` writes every parameter whose own name is `bias` to
-# a [safetensors](https://huggingface.co/docs/safetensors) file, under its full name (`model.layers.0.self_attn.q_proj.bias`).
+# a [safetensors](https://huggingface.co/docs/safetensors) file, under its full name (`model.layers.0.self_attn.q_proj.bias`) and in its own dtype.
 # `load_biases` copies them into a model that has biases already, **in place**, because an optimizer may hold these very
 # parameters, and in the model's dtype. If the names or the shapes in the file are not exactly the model's, it raises a `ValueError`
 # before it changes anything.

@@ -41,6 +41,9 @@ CASES = {
     check_bias_files: {
         "with other sizes": bias_file_case,
         "with larger layers": lambda generator: bias_file_case(generator, larger=7),
+        "with a model in bfloat16, whose file is loaded into others": lambda generator: bias_file_case(
+            generator, dtype=torch.bfloat16
+        ),
     },
     check_fold_value_bias: {
         "with one value head": lambda generator: fold_case(generator, 4, 1),

@@ -804,7 +804,7 @@ for task in comparison.TASKS:
 # random, or with random numbers, the score is higher or lower than without a prompt, as luck has it, and the loss starts about two nats above the instruction's. Where does
 # it *end*? Half of the forty steps go into getting rid of that. Then the drawn words have caught up with the instruction, in the mean of three seeds, loss and score alike;
 # random numbers not quite: three points less, and seven between their seeds. So what a start *says* is soon made up for; that its vectors are such as the model
-# has met before, small ones, seems to matter longer (three seeds on one task are a hint, no more). And the last column of the table above: only the prompt that began as a
+# has met before, small ones, seems to matter longer (three seeds on one task are a hint, no more). And the column of forgetting, above: only the prompt that began as a
 # sensible instruction leaves the newspaper sentences alone.
 #
 # How far are they from LoRA? A few points on the task that asks for one word. On the one that asks for a format,

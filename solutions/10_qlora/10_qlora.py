@@ -179,7 +179,7 @@ def dequantize_nf4(
     weight = torch.empty(shape, dtype=dtype, device=packed.device)
     blocks = weight.view(-1, block_size), packed.view(-1, block_size // 2), absmax[:, None]
     # A part at a time: what was gathered is still in the processor's cache when it is multiplied and cast.
-    for some, codes, scale in zip(*(tensor.chunk(16) for tensor in blocks)):
+    for some, codes, scale in zip(*(tensor.chunk(8) for tensor in blocks)):
         some.copy_(table.index_select(0, codes.flatten().int()).view(torch.float32).view(-1, block_size).mul_(scale))
     return weight
     ### END SOLUTION

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbgrader.preprocessors import ClearHiddenTests
 
@@ -72,6 +73,9 @@ def test_a_notebook_alone_installs_the_course_and_runs(unit, python, tmp_path, m
     manager = AsyncKernelManager(kernel_name="fresh", kernel_spec_manager=specs)
     client = NotebookClient(notebook, km=manager, timeout=3600, resources={"metadata": {"path": str(tmp_path)}})
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    client.execute(env={**alone, "PEFTLAB_SHORT": "1", "PEFTLAB_RESULTS": str(tmp_path / "results")})
+    try:
+        client.execute(env={**alone, "PEFTLAB_SHORT": "1", "PEFTLAB_RESULTS": str(tmp_path / "results")})
+    finally:
+        run_sync(manager.shutdown_kernel)(now=True)  # a kernel that it did not start nbclient does not stop
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     assert version(python, "torch") == before, "Colab's torch was replaced"

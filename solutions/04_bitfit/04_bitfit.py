@@ -668,7 +668,7 @@ print(comparison.memory_table(shipped))
 # that it has never written. Does a constant shift suffice for both? Compare the biases' score with LoRA's in each, and keep
 # the spread in mind before you call one better.
 #
-# The norm gains do as well as the biases, with fewer than a quarter of their numbers: on reviews to the point, on tool calls a little better in the mean, by less than either's
+# The norm gains do as well as the biases, with fewer than a quarter of their numbers: on reviews within half a point, on tool calls a little better in the mean, by less than either's
 # seeds lie apart. There they also forget less than half as much. But look at the column of activations: the biases need
 # none of their own, and the gains want their normed input. In bytes of a training step the smaller method is the larger one.
 

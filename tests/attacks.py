@@ -16,7 +16,7 @@ from autograder.build import instructor_notebook
 from autograder.reference import SOLUTIONS, solution_cells, without_markers
 
 UNIT = "08_lora"
-SOLUTION = {cell["id"]: without_markers(cell.source) for cell in solution_cells(instructor_notebook(UNIT))}
+SOLUTION = {cell["id"]: without_markers(cell.source) for cell in solution_cells(instructor_notebook(UNIT).cells)}
 MERGE = SOLUTION["merge"]
 WRONG_MERGE = MERGE.replace("layer.scaling * ", "", 1)
 AFTER_MERGE = ("check-merge", "check-adapter-files", "check-merge-into-head")

@@ -35,7 +35,7 @@ class Unit:
 @cache
 def look_at(unit: str) -> Unit:
     notebook = instructor_notebook(unit)
-    solution = {cell["id"]: without_markers(cell.source) for cell in solution_cells(notebook)}
+    solution = {cell["id"]: without_markers(cell.source) for cell in solution_cells(notebook.cells)}
     graded = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
     points = {cell["id"]: cell.metadata.nbgrader.points for cell in graded}
     checks = {_check_of(unit, exercise): exercise for exercise in exercises_of(unit)}

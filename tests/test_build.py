@@ -9,7 +9,7 @@ from nbconvert import HTMLExporter
 
 from autograder import index
 from autograder.build import COURSE, course_config, drift, generate, instructor_notebook, main, write_instructor_notebook
-from autograder.reference import load_reference, master_path, units
+from autograder.reference import code_cells, grade_ids, load_reference, master_path, units
 
 pytestmark = pytest.mark.xdist_group("build")
 
@@ -63,6 +63,19 @@ def test_a_master_survives_being_opened_and_saved_as_a_notebook(unit, tmp_path):
     config = jupytext.config.load_jupytext_config(str(master_path(unit)))
     notebook = jupytext.reads(text, fmt="py:percent", config=config)
     assert jupytext.writes(notebook, fmt="py:percent", config=config) == text
+
+
+@pytest.mark.parametrize("unit", units())
+def test_a_master_is_read_without_jupyter_as_with_it(unit):
+    cells = jupytext.read(master_path(unit)).cells
+    theirs = [cell for cell in cells if cell.cell_type == "code"]
+    ours = code_cells(unit)
+    assert [cell.source for cell in ours] == [cell.source for cell in theirs]
+    for key in ("nbgrader", "tags"):
+        assert [cell.metadata.get(key) for cell in ours] == [cell.metadata.get(key) for cell in theirs]
+    lines = master_path(unit).read_text().splitlines()
+    assert all(lines[cell.line - 1] == cell.source.splitlines()[0] for cell in ours)
+    assert grade_ids(unit) == [cell.metadata["nbgrader"]["grade_id"] for cell in cells if "nbgrader" in cell.metadata]
 
 
 @pytest.mark.parametrize("unit", units())

@@ -26,7 +26,7 @@ def test_the_master_runs_from_top_to_bottom(unit, tmp_path):
 @pytest.mark.parametrize("unit", units())
 def test_the_release_stops_at_the_first_exercise_with_a_helpful_message(unit, tmp_path):
     notebook = nbformat.read(COURSE / unit / f"{unit}.ipynb", as_version=4)
-    if not solution_cells(instructor_notebook(unit)):
+    if not solution_cells(instructor_notebook(unit).cells):
         run(notebook, tmp_path, short=True)
         return
     with pytest.raises(CellExecutionError, match="not written yet") as caught:

@@ -153,9 +153,11 @@ def _return_freed_memory(*answers):
     import gc
 
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc; Windows raises TypeError at the None
+        return {}
+    trim(0)
     return {}
 
 

@@ -1,4 +1,4 @@
-"""What differs on Colab: what there is, and what is lost when the runtime ends."""
+"""What differs on Colab and Kaggle: what there is, and what is lost when the session ends."""
 
 import os
 import sys
@@ -8,19 +8,25 @@ DRIVE = Path("/content/drive")
 RESULTS = "MyDrive/peft-from-scratch/results"
 
 
+def on_kaggle() -> bool:
+    """Whether this notebook runs on Kaggle."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
 def on_colab() -> bool:
-    """Whether this notebook runs on Colab."""
-    return "google.colab" in sys.modules
+    """Whether this notebook runs on Colab. Kaggle's image is made from Colab's, so Colab's module says nothing there."""
+    return "google.colab" in sys.modules and not on_kaggle()
 
 
 def prepare() -> None:
-    """On Colab, say what the notebook runs on and where its results go; elsewhere, do nothing."""
-    if not on_colab():
+    """On Colab and Kaggle, say what the notebook runs on and where its results go; elsewhere, do nothing."""
+    if not (on_colab() or on_kaggle()):
         return
     from peftlab.results import describe_hardware, results_folder
 
+    keep = "`colab.keep_on_drive()` keeps them" if on_colab() else "saving a version of the notebook keeps them as its output"
     print(f"This runs on: {describe_hardware()}.")
-    print(f"Results go to {results_folder().absolute()}, and end with the runtime: `colab.keep_on_drive()` keeps them.")
+    print(f"Results go to {results_folder().absolute()}, and end with the session: {keep}.")
 
 
 def keep_on_drive() -> Path:
@@ -29,6 +35,8 @@ def keep_on_drive() -> Path:
     Raises:
         RuntimeError: if this is not Colab.
     """
+    if on_kaggle():
+        raise RuntimeError("this is Kaggle, not Colab: results lie below /kaggle/working, and saving a version keeps them")
     if not on_colab():
         raise RuntimeError("this is not Colab: results lie in the folder `results` beside the notebook, and stay")
     from google.colab import drive

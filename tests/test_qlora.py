@@ -23,6 +23,7 @@ from peftlab.llama import PRESETS, Llama, causal_loss, set_gradient_checkpointin
 from peftlab.memory import measure_training_step
 from peftlab.simulate import simulate_training_step
 from peftlab.training import trainable, twenty_steps
+from test_quantization import same_weight
 
 MASTER = load_reference("10_qlora")
 IMPLEMENTATIONS = pytest.mark.parametrize("ours", [spec, MASTER], ids=["spec", "master"])
@@ -60,7 +61,7 @@ def test_dequantized_weights_are_equal_to_the_bit(ours, dtype, double):
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     layer = ours.NF4Linear(*MASTER.bitsandbytes_nf4(weight, double), weight.shape, dtype)
     state.dtype = dtype
-    assert torch.equal(layer.dequantized(), bnb.dequantize_4bit(packed, state))
+    assert same_weight(layer.dequantized(), bnb.dequantize_4bit(packed, state))
 
 
 @IMPLEMENTATIONS
@@ -196,6 +197,16 @@ def test_codes_on_another_device_are_the_true_nearest():
     distance = (x[:, None] - code).abs()
     assert (distance.gather(1, nearest[:, None]).squeeze(1) == distance.amin(1)).all()
     assert nearest_code(x.to("meta"), signed=False).device.type == "meta"
+
+
+def test_the_table_goes_to_a_gpu_once(monkeypatch):
+    """Each copy from the host waits until the GPU has done its work, and a step reads the table some four hundred times."""
+    copies = []
+    monkeypatch.setattr(torch, "tensor", lambda values, device: copies.append(str(device)) or values)
+    for _ in range(2):
+        for device in ("cuda:6", torch.device("cuda", 7), "cpu"):
+            dynamic_code(device=device)
+    assert sorted(copies) == ["cpu", "cpu", "cuda:6", "cuda:7"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

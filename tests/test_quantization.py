@@ -9,6 +9,7 @@ import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import bitsandbytes.cextension
     from bitsandbytes import functional as bnb
 
 from autograder.checks import quantization as spec
@@ -43,8 +44,25 @@ WEIGHTS = {
 
 
 def same_weight(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """bitsandbytes returns a weight of one axis as a single row."""
-    return ours.dtype == theirs.dtype and torch.equal(ours, theirs.view(ours.shape))
+    """bitsandbytes returns a weight of one axis as a single row.
+
+    Its library for CUDA has CPU kernels of its own, built without F16C: in fp16 they round halves up and not to even.
+    """
+    theirs = theirs.view(ours.shape)
+    if ours.dtype == theirs.dtype == torch.float16 and bitsandbytes.cextension.lib.compiled_with_cuda:
+        units_apart = ours.view(torch.int16).int() - theirs.view(torch.int16).int()
+        return units_apart.abs().max().item() <= 1
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_one_unit_of_fp16_is_allowed_where_the_library_for_cuda_is_loaded(monkeypatch):
+    weight = torch.randn(8, 64).half()
+    above = (weight.view(torch.int16) + 1).view(torch.float16)
+    for with_cuda in (True, False):
+        monkeypatch.setattr(bitsandbytes.cextension.lib, "compiled_with_cuda", with_cuda, raising=False)
+        assert same_weight(weight, above) == with_cuda
+        assert not same_weight(weight, 1.01 * weight)
+        assert not same_weight(weight.bfloat16(), (weight.bfloat16().view(torch.int16) + 1).view(torch.bfloat16))
 
 
 def read_back_by_bitsandbytes(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:

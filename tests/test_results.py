@@ -38,6 +38,14 @@ def test_a_row_comes_back_as_it_was(row):
     assert {"python", "torch"} <= row.versions.keys() and row.hardware
 
 
+@pytest.mark.parametrize(
+    ("hardware", "on_cpu"),
+    [("Some CPU, 2 threads", True), ("arm64, 1 thread", True), ("NVIDIA H200", False), ("Tesla T4", False)],
+)
+def test_a_row_tells_a_processor_from_a_gpu(row, hardware, on_cpu):
+    assert dataclasses.replace(row, hardware=hardware).on_cpu == on_cpu
+
+
 def test_the_same_experiment_replaces_its_row_and_another_does_not(row):
     results.save(row)
     results.save(dataclasses.replace(row, score_after=0.8))
@@ -88,7 +96,7 @@ def test_a_table_of_steps_has_every_category(row):
 
 def test_figures_say_what_they_show(row, monkeypatch):
     shown = []
-    monkeypatch.setattr(plots, "display", lambda bundle, raw, metadata: shown.append((bundle, metadata)))
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw, metadata: shown.append((bundle, metadata)))
     figures = [
         plots.memory_bars({"LoRA": row.memory, "full": row.memory}, "One step"),
         plots.memory_bars({"LoRA": row.memory}, "One step", unit="GB", card=("a GPU of 24 GB", 24e9)),

@@ -128,3 +128,51 @@ def test_twenty_steps_are_the_same_for_the_same_start(model):
     assert torch.equal(taken, losses(second, trainable(second).values()))
     assert torch.equal(weights(first), weights(second)) and not torch.equal(weights(first), weights(model))
     assert not torch.equal(taken, losses(frozen, [trainable(frozen)["model.layers.1.mlp.down_proj.weight"]]))
+
+
+@pytest.mark.parametrize(("named", "found"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "mps"), ("", "cpu")])
+def test_the_device_can_be_named(named, found, monkeypatch):
+    monkeypatch.setenv("PEFTLAB_DEVICE", named)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        torch.backends.mps, "is_available", lambda: True
+    )  # memory cannot be measured there: only if it is named
+    assert training.find_device() == torch.device(found)
+
+
+def test_what_is_no_device_is_named(monkeypatch):
+    monkeypatch.setenv("PEFTLAB_DEVICE", "gpu")
+    with pytest.raises(ValueError, match="PEFTLAB_DEVICE is 'gpu'"):
+        training.find_device()
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype"),
+    [
+        ("cpu", None, torch.float32),
+        ("cuda", (7, 5), torch.float32),
+        ("cuda", (8, 0), torch.bfloat16),
+        ("mps", None, torch.float32),
+    ],
+)
+def test_bf16_is_for_cards_that_compute_in_it(device, capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given: True)  # a T4 says so, too
+    assert training.compute_dtype(torch.device(device)) == dtype
+
+
+def test_the_clock_waits_for_a_gpu_before_and_after(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append(str(device)))
+    assert training.seconds_of(lambda: said.append("work"), torch.device("cuda", 1)) >= 0
+    assert said == ["cuda:1", "work", "cuda:1"]
+
+
+def test_one_batch_is_learned_by_heart_and_twenty_are_not():
+    def way(batches: int) -> float:
+        torch.manual_seed(0)
+        tiny = Llama(PRESETS["tiny"])
+        losses = twenty_steps(tiny.parameters(), lambda ids: causal_loss(tiny, ids, ids), 1e-2, batches=batches)
+        return (losses[0] - losses[-1]).item()
+
+    assert way(1) > 10 * way(20)

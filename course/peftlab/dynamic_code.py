@@ -16,13 +16,22 @@ DECADES = 7
 
 
 def dynamic_code(signed: bool = True, device: torch.device | str | None = None) -> Float[Tensor, "256"]:
-    """Return a data type's 256 values, in fp32 and in ascending order, as a new tensor on `device`.
+    """Return a data type's 256 values, in fp32 and in ascending order, on `device`; not to be modified.
 
     Signed, they lie between -0.993 and 1, and code 127 is zero; the decade that ends at 10^-i has 2^(6 - i) values of each
     sign, the centres of as many equal parts of it. Unsigned, they lie between 0 and 1, code 0 is zero, and a decade has twice
     as many. Equal to `bitsandbytes.functional.create_dynamic_map(signed)`.
     """
+    if device is not None and torch.device(device).type == "cuda":
+        return _on_cuda(signed, torch.device(device))
     return torch.tensor(_VALUES[signed], device=device)
+
+
+@cache
+def _on_cuda(signed: bool, device: torch.device) -> Tensor:
+    """Return the values on a GPU: made once, because each copy from the host waits until the GPU has done its work."""
+    with torch.inference_mode(False):  # or whoever trains later could not use what inference has made
+        return torch.tensor(_VALUES[signed], device=device)
 
 
 def nearest_code(x: Float[Tensor, "..."], signed: bool = True) -> UInt8[Tensor, "..."]:

@@ -1,9 +1,10 @@
 """Measured bytes of one training step: parameters, gradients, optimizer state, activations and the peak.
 
 Nothing here is computed from a formula. On the CPU every allocation of the step is followed, on CUDA the caching
-allocator is asked.
+allocator is asked for the bytes that were requested of it.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -52,8 +53,13 @@ def measure_training_step(
 ) -> StepMemory:
     """Return the bytes that one step of forward, backward and optimizer takes.
 
-    Two steps are taken, for the optimizer allocates its state in the first, and the second is measured. Their learning
+    Two steps are taken: the optimizer allocates its state in the first, and the second is measured. Their learning
     rate is zero: the model's weights stay as they are, to the bit, and its gradients are cleared.
+
+    The same step has other figures on CUDA where PyTorch runs other kernels there. In fp32 with grouped-query attention,
+    attention is written out and keeps its scores; AdamW updates all parameters at once (`foreach`), with a temporary
+    copy of all that is trained; and the 4 bytes a tensor in which AdamW counts its steps stay on the CPU. With
+    `sdpa_kernel(SDPBackend.MATH)` and `foreach=False` on both, the figures are equal (`autograder.measuring.gpu`).
 
     Args:
         model: on the device to be measured (CPU or CUDA).
@@ -107,25 +113,32 @@ def _measure_on_cpu(model: nn.Module, loss: Callable[[], Tensor], optimizer: tor
 
 
 def _measure_on_cuda(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> StepMemory:
-    """Read `memory_allocated` between the phases: allocated bytes, not those that the caching allocator reserves."""
+    """Ask CUDA's caching allocator between the phases for the bytes that were requested of it.
+
+    Requested bytes are those of the tensors. Allocated bytes are rounded up, to 512 a tensor and more for large ones, and
+    reserved bytes hold what the allocator keeps for later; neither would equal the CPU's figures, nor a simulation's.
+    """
     device = next(model.parameters()).device
 
-    def allocated() -> int:
+    def requested(which: str) -> int:
         torch.cuda.synchronize(device)
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_stats(device)[f"requested_bytes.all.{which}"]
 
-    before_state = allocated()
+    # The first product of each thread allocates cuBLAS's workspace, which stays; backward runs in a thread of its own.
+    loss().backward()
+    model.zero_grad()
+    gc.collect()  # cyclic garbage that is freed in the middle of a step would be missing from its figures
+    before_state = requested("current")
     _step(loss, optimizer)
-    start = allocated()
+    start = requested("current")
     torch.cuda.reset_peak_memory_stats(device)
     value = loss()
-    after_forward = allocated()
+    after_forward = requested("current")
     value.backward()
     del value
-    after_backward = allocated()
+    after_backward = requested("current")
     optimizer.step()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
+    peak = requested("peak")
     optimizer.zero_grad()
     parameters = tensor_bytes([*model.parameters(), *model.buffers()])
     return StepMemory(

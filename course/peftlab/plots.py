@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 import matplotlib.pyplot as plt
-from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -33,6 +32,8 @@ MARKERS = "osD^vP"
 
 def show(figure: Figure, alt: str) -> None:
     """Display the figure as an image that a screen reader describes with `alt`."""
+    from IPython.display import display  # only a notebook has it: a bare GPU machine measures without
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, facecolor="white", bbox_inches="tight")
     plt.close(figure)

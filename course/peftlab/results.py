@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import warnings
 from dataclasses import asdict, astuple, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -60,6 +61,11 @@ class Row:
     versions: dict = field(default_factory=lambda: package_versions())
     hardware: str = field(default_factory=lambda: describe_hardware())
     short: bool = field(default_factory=settings.short)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a processor measured it: `describe_hardware` names its threads. Bytes of a GPU's step are others."""
+        return bool(re.search(r", \d+ threads?$", self.hardware))
 
     @property
     def name(self) -> str:

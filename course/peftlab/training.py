@@ -37,10 +37,50 @@ class History:
 
 
 def find_device() -> torch.device:
-    """Return the GPU if there is one (CUDA, then Apple's MPS), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Return the device that the environment variable `PEFTLAB_DEVICE` names; by default CUDA if it is there, else the CPU.
+
+    Apple's MPS is taken only if it is named: bytes by category cannot be measured there, and most experiments measure them.
+
+    Raises:
+        ValueError: if `PEFTLAB_DEVICE` is no device.
+    """
+    wanted = os.environ.get("PEFTLAB_DEVICE")
+    try:
+        return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(
+            f"PEFTLAB_DEVICE is {wanted!r}: name a device of PyTorch's, such as cpu, cuda, cuda:1 or mps"
+        ) from None
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which products are fast and safe: bf16 on a GPU that computes in it, else fp32.
+
+    CUDA computes in bf16 from compute capability 8.0 on. A T4 has 7.5: PyTorch emulates bf16 there and has none of its fast
+    attention kernels for it, although `torch.cuda.is_bf16_supported` says True. Most CPUs are slow in 16 bits.
+    """
+    on_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if on_ampere else torch.float32
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return how long a piece of work takes on the device, in seconds.
+
+    A GPU works on while Python goes on. So the clock starts when the device has finished what it was given before, and stops
+    when it has finished this.
+    """
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -206,20 +246,23 @@ def twenty_steps(
     loss: Callable[[Int[Tensor, "4 24"]], Float[Tensor, ""]],
     learning_rate: float = 1e-3,
     device: torch.device | str = "cpu",
+    batches: int = 20,
 ) -> Float[Tensor, "20"]:
     """Take 20 AdamW steps on fixed random tokens below 256; return the losses.
 
-    Two models with the same start must have the same losses, up to rounding: so a unit holds a method against a library.
+    Two models with the same start must have the same losses, up to rounding: so a unit compares a method with a library.
 
     Args:
         loss: of one batch of token ids.
+        batches: how many different ones there are. With 20 each is new, and there is nothing to learn but which tokens there
+            are; with one it is learned by heart, and the loss comes down a long way.
     """
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
-    tokens = torch.randint(0, 256, (20, 4, 24), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.randint(0, 256, (batches, 4, 24), generator=torch.Generator().manual_seed(1)).to(device)
     losses = []
-    for batch in tokens:
+    for step in range(20):
         optimizer.zero_grad()
-        losses.append(loss(batch))
+        losses.append(loss(tokens[step % batches]))
         losses[-1].backward()
         optimizer.step()
     return torch.stack(losses).detach()

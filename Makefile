@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments comparison fresh benchmark site grade feedback prove sandbox browser format clean
+.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback prove sandbox browser format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,9 +38,13 @@ experiments: $(READY) ## run the masters at full length and keep their results r
 comparison: $(READY) ## measure what the comparison of methods lacks (METHODS=adapters for one; hours for all)
 	$(BIN)/python -m autograder.comparison $(METHODS)
 
-fresh: $(READY) ## run every notebook alone, as on Colab, with the oldest and the newest packages (downloads gigabytes)
+fresh: $(READY) ## run every notebook alone, with Colab's, the oldest and the newest packages (downloads gigabytes)
+	PEFTLAB_FRESH=colab $(BIN)/python -m pytest tests/test_fresh_environment.py
 	PEFTLAB_FRESH=oldest $(BIN)/python -m pytest tests/test_fresh_environment.py
 	PEFTLAB_FRESH=newest $(BIN)/python -m pytest tests/test_fresh_environment.py
+
+gpu: $(READY) ## prove on a GPU what the course says of one (OPTIONS=--dry: on the CPU, with tiny shapes)
+	$(BIN)/python -m autograder.measuring.gpu $(OPTIONS)
 
 benchmark: $(READY) ## time and memory of LoRA against peft, and of QLoRA against bitsandbytes, as ratios
 	$(BIN)/python benchmarks/lora_against_peft.py

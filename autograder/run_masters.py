@@ -3,7 +3,8 @@
     python -m autograder.run_masters            at full length; the results rows go into the course
     python -m autograder.run_masters 08_lora    the same for one unit
 
-The tests use `run` with the experiments cut short (`PEFTLAB_SHORT`, see `peftlab.settings`).
+On a GPU the rows go to `peftlab/measured/gpu/NAME OF THE GPU`, and those from a CPU, of which the text speaks, stay. The tests
+use `run` with the experiments cut short (`PEFTLAB_SHORT`, see `peftlab.settings`).
 """
 
 import os
@@ -17,7 +18,9 @@ from nbformat import NotebookNode
 
 from autograder.build import instructor_notebook
 from autograder.reference import units
-from peftlab.results import SHIPPED
+from peftlab import gpu
+from peftlab.results import SHIPPED, describe_hardware
+from peftlab.training import find_device
 
 
 def run(notebook: NotebookNode, folder: Path, *, short: bool) -> NotebookNode:
@@ -35,15 +38,16 @@ def run(notebook: NotebookNode, folder: Path, *, short: bool) -> NotebookNode:
 
 def main(names: list[str]) -> int:
     """Run the masters of the named units, or of all, at full length, and replace the rows that the course ships."""
+    shipped = SHIPPED if find_device().type == "cpu" else gpu.folder(describe_hardware())
     for unit in names or units():
         with tempfile.TemporaryDirectory() as folder:
             print(f"{unit}: running", flush=True)
             run(instructor_notebook(unit), Path(folder), short=False)
             rows = Path(folder) / "results" / unit
             if rows.is_dir():
-                shutil.rmtree(SHIPPED / unit, ignore_errors=True)
-                shutil.copytree(rows, SHIPPED / unit)
-                print(f"{unit}: {len(list(rows.glob('*.json')))} rows in {SHIPPED / unit}")
+                shutil.rmtree(shipped / unit, ignore_errors=True)
+                shutil.copytree(rows, shipped / unit)
+                print(f"{unit}: {len(list(rows.glob('*.json')))} rows in {shipped / unit}")
     return 0
 
 

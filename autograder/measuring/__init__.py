@@ -1,0 +1,1 @@
+"""Runs that ship rows: on a GPU."""

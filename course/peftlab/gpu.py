@@ -1,0 +1,51 @@
+"""What was measured on GPUs and ships with the course, apart from the rows that were measured on CPUs.
+
+`measured/gpu/NAME OF THE GPU/` holds one JSON file for each check of `autograder.measuring.gpu`, and for each unit whose master
+has run there a folder of results rows.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from peftlab import results
+from peftlab.results import Row
+
+SHIPPED = results.SHIPPED / "gpu"
+
+
+def file_name(name: str) -> str:
+    """Return a name for a file or a folder: its letters and digits, joined by underscores."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+
+
+def folder(hardware: str) -> Path:
+    """Return where the course keeps what was measured on a GPU of this name."""
+    return SHIPPED / file_name(hardware)
+
+
+def proofs(check: str, shipped: Path = SHIPPED) -> dict[str, dict]:
+    """Return what a check found, by the GPU's name, for each GPU that has passed it; an empty dict if there is none.
+
+    The check's row has the hardware's name, versions and limits as well; what it *found* is returned here.
+    """
+    rows = [json.loads(path.read_text()) for path in sorted(shipped.glob(f"*/{file_name(check)}.json"))]
+    return {row["hardware"]: row["found"] for row in rows if row["ok"]}
+
+
+def rows(unit: str, shipped: Path = SHIPPED) -> list[Row]:
+    """Return the results rows of a unit whose master has run on GPUs; an empty list if it has not."""
+    return [row for machine in sorted(shipped.glob("*")) for row in results.load(unit, machine)]
+
+
+def twins(unit: str, method: str, cpu_rows: list[Row], shipped: Path = SHIPPED) -> list[tuple[Row, Row]]:
+    """Return pairs of a row from a GPU and one from a CPU: the same task, method and training."""
+    trained = ("steps", "learning_rate", "batch_size", "seed")
+    return [
+        (here, there)
+        for here in rows(unit, shipped)
+        for there in cpu_rows
+        if here.method == there.method == method
+        and here.task == there.task
+        and all(here.settings.get(name) == there.settings.get(name) for name in trained)
+    ]

@@ -44,6 +44,7 @@ GLOSSARY
 SOURCES
 CHANGELOG
 docs/instructor_guide
+docs/on_colab
 ```
 """
 
@@ -64,7 +65,7 @@ def page(executed: NotebookNode) -> NotebookNode:
 
 
 def lay_out(executed: dict[str, NotebookNode], folder: Path) -> None:
-    """Write Sphinx's sources to an empty folder: the pages, and the course's own index, glossary, sources and guide."""
+    """Write Sphinx's sources to an empty folder: the pages, and the course's own index, glossary, sources and guides."""
     for unit, notebook in executed.items():
         (folder / unit).mkdir()
         nbformat.write(page(notebook), folder / unit / f"{unit}.ipynb")
@@ -77,8 +78,9 @@ def lay_out(executed: dict[str, NotebookNode], folder: Path) -> None:
     shutil.copy(ROOT / "CHANGELOG.md", folder)
     shutil.copy(ROOT / "docs" / "conf.py", folder)
     (folder / "docs").mkdir()
-    guide = (ROOT / "docs" / "instructor_guide.md").read_text(encoding="utf-8").replace(f"../{INDEX}", "../README.md")
-    (folder / "docs" / "instructor_guide.md").write_text(guide, encoding="utf-8")
+    for name in ("instructor_guide.md", "on_colab.md"):
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8").replace(f"../{INDEX}", "../README.md")
+        (folder / "docs" / name).write_text(text, encoding="utf-8")
     introduction = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")[1]
     (folder / "introduction.md").write_text(
         f"{introduction}\n\nBegin with [the index of units](README.md).\n", encoding="utf-8"

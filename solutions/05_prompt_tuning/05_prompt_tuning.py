@@ -818,7 +818,7 @@ for task in comparison.TASKS:
 # ### Your own prompt
 #
 # Train one on the film reviews, at the rate that the rows above choose (or at 0.1, without them). `fine_tune` scores the model, trains it, scores it
-# again and writes a results row. About a minute and a half on two CPU cores, seconds on a GPU.
+# again and writes a results row. About a minute and a half on two CPU cores, ten seconds on an H200.
 
 # %% tags=["experiment"]
 from peftlab.experiment import fine_tune

@@ -802,7 +802,7 @@ for rate in (1e-3, 1e-2, 1e-1):
 #
 # Fine-tune a prefix from text on film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad` more likely? The
 # learning rate is the one that our sweep chose (see below). `fine_tune` scores the model, trains it, scores it again and writes a results
-# row. The first score is already that of a model with an instruction in front. About two minutes on two CPU cores, seconds on a GPU. Predict
+# row. The first score is already that of a model with an instruction in front. About two minutes on two CPU cores, ten seconds on an H200. Predict
 # first: where will the loss *start*?
 
 # %%

@@ -504,7 +504,7 @@ def with_adapters(model: Llama, placement: str = "Houlsby, 16", from_layer: int 
 from peftlab import settings, tasks
 from peftlab.memory import measure_training_step, step_table
 from peftlab.pretrained import load_smollm2
-from peftlab.training import find_device
+from peftlab.training import find_device, seconds_of
 
 device = find_device()
 model, tokenizer = load_smollm2()
@@ -667,7 +667,7 @@ def save_task(model: nn.Module, name: str, path: str | Path) -> None:
 # %% [markdown]
 # The first task is to judge film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad` more likely? Untrained
 # it is right in about seven of ten cases. `fine_tune` scores the model, trains what is trainable, scores it again and writes a results
-# row. The learning rates are those that our sweep chose (section 7). About a minute and a half on two CPU cores, seconds on a GPU.
+# row. The learning rates are those that our sweep chose (section 7). About a minute and a half on two CPU cores, ten seconds on an H200.
 
 # %% tags=["experiment"]
 from peftlab import comparison
@@ -844,11 +844,7 @@ def slowdown(plain: nn.Module, other: nn.Module, input_ids: Tensor, turns: int) 
     for _ in range(turns + 1):
         seconds = []
         for model in (plain, other):
-            started = time.perf_counter()
-            model.model(input_ids)
-            if input_ids.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(seconds_of(lambda: model.model(input_ids), input_ids.device))
         ratios.append(seconds[1] / seconds[0])
     return median(ratios[1:])  # the first turn also sets things up
 

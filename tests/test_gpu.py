@@ -17,6 +17,7 @@ from autograder import run_masters
 from autograder.measuring import gpu, gpu_bytes, machine, pairs
 from autograder.measuring.machine import Machine, Outcome, SkippedError
 from autograder.reference import code_cells, master_path, units
+from peftlab import comparison, results
 from peftlab import gpu as shipped
 from peftlab.llama import PRESETS
 from peftlab.simulate import simulate_training_step
@@ -145,11 +146,10 @@ def test_rows_of_a_gpu_do_not_replace_those_of_a_cpu(monkeypatch, tmp_path):
 
 
 def test_rows_are_paired_with_those_of_a_cpu():
-    from peftlab import results
-
-    found = shipped.twins("08_lora", "lora", results.load("08_lora", results.SHIPPED))
-    assert found and all(not here.on_cpu and cpu.on_cpu for here, cpu in found)
-    assert all(here.settings["learning_rate"] == cpu.settings["learning_rate"] for here, cpu in found)
+    for unit, found in (("08_lora", "08_lora"), (None, "comparison")):
+        pairs = comparison.twins(shipped.rows(unit), results.load(found, results.SHIPPED))
+        assert len(pairs) > 5 and all(here.hardware == "NVIDIA H200" and cpu.on_cpu for here, cpu in pairs)
+    assert {row.unit for row in shipped.rows("08_lora")} == {"08_lora"} and shipped.rows("no_unit") == []
 
 
 def test_a_unit_that_names_a_card_prints_its_rows():

@@ -33,19 +33,7 @@ def proofs(check: str, shipped: Path = SHIPPED) -> dict[str, dict]:
     return {row["hardware"]: row["found"] for row in rows if row["ok"]}
 
 
-def rows(unit: str, shipped: Path = SHIPPED) -> list[Row]:
-    """Return the results rows of a unit whose master has run on GPUs; an empty list if it has not."""
-    return [row for machine in sorted(shipped.glob("*")) for row in results.load(unit, machine)]
-
-
-def twins(unit: str, method: str, cpu_rows: list[Row], shipped: Path = SHIPPED) -> list[tuple[Row, Row]]:
-    """Return pairs of a row from a GPU and one from a CPU: the same task, method and training."""
-    trained = ("steps", "learning_rate", "batch_size", "seed")
-    return [
-        (here, there)
-        for here in rows(unit, shipped)
-        for there in cpu_rows
-        if here.method == there.method == method
-        and here.task == there.task
-        and all(here.settings.get(name) == there.settings.get(name) for name in trained)
-    ]
+def rows(unit: str | None = None, shipped: Path = SHIPPED) -> list[Row]:
+    """Return the results rows of a unit whose master has run on GPUs, by default of all; an empty list if there are none."""
+    folders = sorted(folder for folder in shipped.glob("*/*/") if unit in (None, folder.name))
+    return [row for folder in folders for row in results.load(folder.name, folder.parent)]

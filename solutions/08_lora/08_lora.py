@@ -359,14 +359,14 @@ plots.show(figure, alt="Stacked bars: LoRA has no visible gradients or optimizer
 # Are these figures the same on a GPU? Not quite. Here is the same step as it was measured there, beside the CPU's:
 
 # %%
-from peftlab import gpu
+from peftlab import comparison, gpu
 from peftlab.memory import step_table
 
 cpu_rows = results.load("08_lora", results.SHIPPED)
 steps = {}
-for method in ("full", "lora"):
-    for here, cpu in gpu.twins("08_lora", method, [row for row in cpu_rows if row.task == "movie_reviews"]):
-        steps |= {f"{method}, CPU": cpu.memory, f"{method}, {here.hardware}": here.memory}
+for here, cpu in comparison.twins(gpu.rows("08_lora"), cpu_rows):
+    if here.task == "movie_reviews":
+        steps |= {f"{here.method}, CPU": cpu.memory, f"{here.method}, {here.hardware}": here.memory}
 print(step_table(steps))
 
 # %% [markdown]

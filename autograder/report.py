@@ -1,20 +1,32 @@
-"""What the instructor reads in the morning: `report/UNIT.md` for each unit, and `report/grades.csv`, nbgrader's own export."""
+"""What the instructor reads in the morning: `report/UNIT.md` for each unit, and `report/grades.csv` for all units.
 
+The table has the columns of nbgrader's own export, and two more: what became of the submission, and how many points wait for a
+person. nbgrader's writes 0 for whoever has no mark; here there is none, and the status says why.
+"""
+
+import contextlib
+import csv
+import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbgrader.api import Grade, Gradebook
-from nbgrader.plugins import CsvExportPlugin
+from nbgrader.api import Assignment, Grade, Gradebook, MissingEntry, SubmittedAssignment
 
+from autograder import intake
 from autograder.build import course_config
 
 if TYPE_CHECKING:
     from autograder.grade import Record
 
 SHOWN = 10
+COLUMNS = (
+    *("assignment", "duedate", "timestamp", "student_id", "last_name", "first_name", "email"),
+    *("raw_score", "late_submission_penalty", "score", "max_score", "status", "waiting_points"),
+)
+NOT_HANDED_IN, WAITS, LATE = "not handed in", "waits for a person", "late"
 
 
 def write(unit: str, records: list["Record"], root: Path) -> Path:
@@ -25,10 +37,62 @@ def write(unit: str, records: list["Record"], root: Path) -> Path:
         marks = _marks(gradebook, unit)
         path = folder / f"{unit}.md"
         path.write_text("\n".join(_lines(unit, records, marks)) + "\n", encoding="utf-8")
-        exporter = CsvExportPlugin()
-        exporter.to = str(folder / "grades.csv")
-        exporter.export(gradebook)
+        table = [line for assignment in gradebook.assignments for line in _grades(gradebook, assignment, root)]
+    part = folder / "grades.csv.part"
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(table)
+    part.replace(folder / "grades.csv")
     return path
+
+
+def _grades(gradebook: Gradebook, assignment: Assignment, root: Path) -> Iterator[dict]:
+    """Yield a line of the table for everybody whom the gradebook or the folder of submissions knows."""
+    statuses = _statuses(root, assignment.name)
+    named = {student.id: student for student in gradebook.students}
+    handed_in = {student for student, _ in intake.students(root / "submitted", assignment.name)}
+    for student in sorted({*named, *statuses, *handed_in}):
+        status = statuses.get(student, NOT_HANDED_IN if student not in handed_in else "not graded yet")
+        line = {"assignment": assignment.name, "student_id": student, "max_score": assignment.max_score, "status": status}
+        line |= {"duedate": assignment.duedate or ""}
+        if student in named:
+            line |= {name: getattr(named[student], name) or "" for name in ("last_name", "first_name", "email")}
+        try:
+            submission = gradebook.find_submission(assignment.name, student)
+        except MissingEntry:
+            submission = None
+        if submission is not None and status == "marked":
+            line |= _scores(submission)
+        yield line
+
+
+def _scores(submission: SubmittedAssignment) -> dict:
+    """Return what the table says of a marked submission; what waits for a person is not in its score."""
+    waiting = sum(cell.max_score for cell in _cells(submission) if cell.needs_manual_grade)
+    return {
+        "timestamp": submission.timestamp or "",
+        "raw_score": submission.score,
+        "late_submission_penalty": submission.late_submission_penalty,
+        "score": max(0.0, submission.score - submission.late_submission_penalty),
+        "status": WAITS if waiting else "marked",
+        "waiting_points": waiting,
+    }
+
+
+def _cells(submission: SubmittedAssignment) -> list[Grade]:
+    """Return the gradebook's entries of a submission's graded cells."""
+    return [cell for notebook in submission.notebooks for cell in notebook.grades]
+
+
+def _statuses(root: Path, unit: str) -> dict[str, str]:
+    """Return what became of each student's submission of a unit, as the last run of the grader left it."""
+    statuses = {}
+    for path in sorted((root / "grading" / unit / "records").glob("*.json")):
+        with contextlib.suppress(ValueError, KeyError):  # broken off: the next run grades it again
+            record = json.loads(path.read_text())
+            statuses[record["student"]] = record["status"]
+    return statuses
 
 
 def summary(unit: str, records: list["Record"], root: Path) -> str:
@@ -48,16 +112,24 @@ Mark = tuple[float | None, float, bool]
 
 
 def _marks(gradebook: Gradebook, unit: str) -> dict[str, dict[str, Mark]]:
-    """Return the marks by student and graded cell."""
-    return {
-        submission.student.id: {mark.name: _mark(mark) for notebook in submission.notebooks for mark in notebook.grades}
-        for submission in gradebook.assignment_submissions(unit)
-    }
+    """Return the marks by student and graded cell; what is taken off for lateness stands among them, under its name."""
+    marks = {}
+    for submission in gradebook.assignment_submissions(unit):
+        marks[submission.student.id] = {cell.name: _mark(cell) for cell in _cells(submission)}
+        if submission.late_submission_penalty:
+            marks[submission.student.id][LATE] = -submission.late_submission_penalty, 0.0, False
+    return marks
 
 
-def _mark(grade: Grade) -> Mark:
-    score = grade.auto_score if grade.manual_score is None else grade.manual_score
-    return score, grade.max_score, grade.needs_manual_grade
+def _mark(cell: Grade) -> Mark:
+    """Return a cell's mark as the gradebook has it: a person's before the check's, and extra credit with it."""
+    unmarked = cell.auto_score is None and cell.manual_score is None
+    return None if unmarked else cell.score, cell.max_score, cell.needs_manual_grade
+
+
+def _total(scores: dict[str, Mark]) -> float:
+    """Return a submission's points: what waits for a person counts as none, and lateness takes away no more than there is."""
+    return max(0.0, sum(score or 0.0 for score, _, _ in scores.values()))
 
 
 def _lines(unit: str, records: list["Record"], marks: dict) -> Iterator[str]:
@@ -86,8 +158,8 @@ def _not_marked(records: list["Record"]) -> Iterator[str]:
 
 
 def _distribution(all_marks: list[dict]) -> Iterator[str]:
-    cells = list(all_marks[0])
-    totals = [sum(score or 0.0 for score, _, _ in student.values()) for student in all_marks]
+    cells = [cell for cell in all_marks[0] if cell != LATE]
+    totals = [_total(student) for student in all_marks]
     possible = sum(points for _, points, _ in all_marks[0].values())
     yield "## Marks"
     yield ""
@@ -150,13 +222,14 @@ def _cost(records: list["Record"]) -> Iterator[str]:
 def _table(records: list["Record"], marks: dict) -> Iterator[str]:
     yield "## Everyone"
     yield ""
-    cells = list(marks[records[0].student])
+    cells = list(dict.fromkeys(cell for record in records for cell in marks[record.student]))
+    cells.sort(key=LATE.__eq__)  # last, where anybody was late
     rows = []
     for record in records:
         scores = marks[record.student]
-        total = sum(score or 0.0 for score, _, _ in scores.values())
-        each = ("waits" if score is None else f"{score:g}" for score, _, _ in scores.values())
-        rows.append((record.student, f"{total:g}", *each))
+        each = (scores.get(cell, ("", 0.0, False))[0] for cell in cells)
+        shown = ("waits" if score is None else score if score == "" else f"{score:g}" for score in each)
+        rows.append((record.student, f"{_total(scores):g}", *shown))
     yield from _rows(("student", "total", *cells), rows)
 
 

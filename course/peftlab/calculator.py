@@ -8,9 +8,11 @@ from peftlab.llama import PRESETS
 from peftlab.memory import StepMemory
 from peftlab.recipes import RECIPES, recipe_with
 
-GPUS = {"T4, 16 GB": 16e9, "RTX 4090, 24 GB": 24e9, "A100, 40 GB": 40e9, "H100, 80 GB": 80e9, "8 x H100, 640 GB": 640e9}
-"""Memory in bytes, as the makers count it. Eight GPUs are taken for one large one: no sharding is perfect."""
 GIGABYTE = 1e9
+SOLD = {"T4, 16 GB": 16, "RTX 4090, 24 GB": 24, "A100, 40 GB": 40, "H100, 80 GB": 80, "8 x H100, 640 GB": 640}
+GPUS = {name: size * 2**30 for name, size in SOLD.items()}
+"""Memory in bytes. A card's GB are 2^30 bytes: an H100 of 80 GB reports 85.0e9 (`peftlab.gpu`), the driver's share taken off.
+Eight GPUs are taken for one large one: no sharding is perfect."""
 
 
 def needs(

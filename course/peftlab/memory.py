@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 MEBIBYTE = 2**20
 UNITS = {"MiB": MEBIBYTE, "GB": 10**9}
-"""Bytes in the units that tables and pictures use: MiB as computers count, GB as the makers of GPUs do."""
+"""Bytes in the units that tables and pictures use: MiB as computers count, GB as papers do."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ from peftlab.llama import PRESETS, Llama, LlamaConfig
 from peftlab.recipes import RECIPES
 from peftlab.simulate import simulate_training_step
 
-GB = 1e9  # as the makers of GPUs count; a GiB is 2^30 bytes, seven percent more
+GB = 1e9  # as papers count
+CARD_GB = 2**30  # as graphics cards are sold: seven percent more
 
 # %% [markdown]
 # ## The claim
@@ -252,21 +253,28 @@ hidden.check("01_why_peft", check_adam_step, adam_step)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# A weight of 1, a gradient of 0.001, a learning rate of 0.001: an ordinary first step, in three precisions.
+# A weight of 0.02, a gradient of 0.001, a learning rate of 0.00002: an ordinary first step of full fine-tuning, in three precisions.
 
 # %%
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     one = torch.ones(1, dtype=dtype)
-    weight, first, second = adam_step(one, one * 1e-3, one * 0, one * 0, step=1, learning_rate=1e-3)
-    print(f"{dtype!s:<15} v = {second.item():.3g}   weight after the step: {weight.item():.6g}")
+    weight, first, second = adam_step(0.02 * one, 1e-3 * one, 0 * one, 0 * one, step=1, learning_rate=2e-5)
+    print(
+        f"{dtype!s:<15} v = {second.item():.3g}   weight before {(0.02 * one).item():.6g}, after the step {weight.item():.6g}"
+    )
+start = torch.tensor([0.02]).bfloat16()
+print(f"bf16: {start.item():.6g}, and the next number below it {torch.nextafter(start, 0 * start).item():.6g}")
+print("the update subtracted in fp32, stored in bf16 again: changed", not torch.equal((start.float() - 2e-5).bfloat16(), start))
 
 # %% [markdown]
 # *What to see.* In **fp16**, $v = 0.001 \cdot g^2 = 10^{-9}$ is below the smallest number there is, so $v = 0$; so is $\epsilon$; and the
-# step divides by zero. The weight is gone in the first step. In **bf16**, $v$ survives, but 1 and 0.999 are the same number: it has eight
-# bits of precision, its next number below 1 is 0.996, and the update is swallowed. The run goes on, and learns nothing from small steps.
+# step divides by zero. The weight is gone in the first step. In **bf16**, $v$ survives, but the update is smaller than the distance to the next number.
+# It is rounded away. The run goes on, and learns nothing from such steps. The last line shows that fp32 moments are no cure: the *weight* has no room for
+# the update.
 #
-# So the table's recipe is not one that anybody uses. Mixed precision (Micikevicius et al. 2018) keeps an fp32 *master copy* for
-# the small updates, with the moments in fp32; that makes 16 bytes a parameter, not 8:
+# So nobody uses the table's recipe in fp16. Mixed precision (Micikevicius et al. 2018) keeps an fp32 *master copy* of the weights for
+# the small updates, with the moments in fp32. That makes 16 bytes a parameter, not 8. The other recipes below write into 16-bit weights, and lose
+# the updates that are too small for them:
 
 # %%
 for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
@@ -346,9 +354,29 @@ print(f"flash attention:            {bytes_of_one_layer(SDPBackend.FLASH_ATTENTI
 print(f"checkpointing:              {bytes_of_one_layer(SDPBackend.FLASH_ATTENTION, True):6.1f} s b h")
 
 # %% [markdown]
-# *What to see.* The first two agree closely, but by luck: a GPT keeps dropout masks, which a LLaMA does not have, while a LLaMA
-# works in fp32 inside its norms ($16$ instead of $4$) and has a gated MLP ($8 i / h = 21.5$ instead of $19$). Flash attention drops the
-# term that grows with $s^2$; what is left is linear in the number of tokens. Checkpointing leaves 2 of it, a layer's input.
+# The first two lines are close. Is it the same thing that they count? Look at what each kernel keeps, for bf16 queries, keys and values of 4 heads, 64 tokens and 16 features:
+
+# %%
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+queries, keys, values = (torch.randn(1, 4, 64, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+for name, backend in {"written out": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}.items():
+    kept = {}
+
+    def note(tensor: Tensor, kept: dict = kept) -> Tensor:
+        kept[tensor.data_ptr()] = f"{str(tensor.dtype)[6:]} {list(tensor.shape)}"
+        return tensor
+
+    with sdpa_kernel(backend), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+    print(f"{name:<12} {', '.join(kept.values())}")
+
+# %% [markdown]
+# *What to see.* No, it is a coincidence. PyTorch's written-out attention computes in fp32: it keeps queries, keys and values in 4 bytes instead of 2, which is
+# 6 $s\,b\,h$ more, and the $s \times s$ matrix of the softmax in 4 bytes, $4 a s / h = 64$. With the 45.5 of the line for flash attention that makes 115.5. In
+# the formula for a GPT the term with $s^2$ is $5 a s / h = 80$: a softmax in 2 bytes, a dropout mask in 1 and the output of that dropout in 2.
+#
+# Flash attention keeps no $s \times s$ matrix. What is left is linear in the number of tokens. Checkpointing leaves 2 of it, a layer's input.
 
 # %% [markdown]
 # ## 5. Measure: 7B to 70B, without a GPU
@@ -414,14 +442,16 @@ for name, recipe, adapted, step in table:
 # *What to see.* What stays follows the formulas to a hundredth of a percent. So where is the table of the claim loose? (1) Its
 # "optimizer states" hold the gradients. (2) It leaves activations out. With 512 tokens that hardly shows in full fine-tuning, where they
 # are freed as the gradients come in; in the peaks of LoRA and QLoRA it does, and with long sequences everywhere. (3) Its 70B is a round
-# number. (4) Its recipe does not train: with fp32 moments it is half as much again, with a master copy twice as much. QLoRA's paper
-# says that full fine-tuning of the 65B model takes more than 780 GB, and QLoRA less than 48: find both in the table. (The second
-# needs checkpointing, too. Try it below.)
+# number. (4) Its recipe does not train in fp16, and a recipe with a master copy takes twice as much.
+#
+# QLoRA's paper says that full fine-tuning of the 65B model takes more than 780 GB, and QLoRA less than 48. The first is what stays with bf16 weights and fp32 moments. The
+# second is not in this table, because these steps are measured without checkpointing. With checkpointing, and on a real card, it is in the lines
+# at the beginning of this section.
 
 # %% tags=["experiment"]
 chosen = {recipe: step for name, recipe, _, step in table if name == "LLaMA-7B"}
 figure = plots.memory_bars(
-    chosen, "One training step of LLaMA-7B, 512 tokens, by recipe", unit="GB", card=("a GPU of 24 GB", 24 * GB)
+    chosen, "One training step of LLaMA-7B, 512 tokens, by recipe", unit="GB", card=("a GPU of 24 GB", 24 * CARD_GB)
 )
 plots.show(figure, alt="Six stacked bars; only LoRA's and QLoRA's end left of the line at 24 GB, and QLoRA's is the shortest.")
 
@@ -550,7 +580,7 @@ hidden.check("01_why_peft", check_count_trainable, count_trainable)
 # and gradient checkpointing, or QLoRA, with a figure for what is left for activations. Half points for either part without numbers.
 #
 # **A full answer.** 104 GB is 8 bytes a parameter: weights, gradients and two fp16 moments. It leaves out activations, and the recipe does
-# not train: in section 3 the first fp16 step sent the weight to -inf. With fp32 moments it is 156 GB, mixed precision 208 GB.
+# not train: in section 3 the first fp16 step divided by zero and the weight was gone. With fp32 moments it is 156 GB, mixed precision 208 GB.
 # On one card of 40 GB I would take LoRA: weights 26 GB, gradients and state under 0.4 GB together; the calculator shows that
 # 4,096 tokens fit only with checkpointing, or I take QLoRA (7.7 GB stay) and have room for a larger batch.
 #

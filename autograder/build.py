@@ -23,7 +23,7 @@ from nbgrader.coursedir import CourseDirectory
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
-from autograder import colab, index
+from autograder import colab, front, index
 from autograder.reference import SOLUTIONS, master_path, units
 
 ROOT = SOLUTIONS.parent
@@ -98,7 +98,7 @@ def _default_preprocessors() -> list[type]:
 
 
 def build(names: list[str]) -> None:
-    """Build instructor's and students' notebooks, the gradebook's record of the graded cells, and the course's index."""
+    """Build instructor's and students' notebooks, the gradebook's record of the graded cells, the index and the pictures."""
     for unit in names:
         write_instructor_notebook(unit, SOLUTIONS)
         with tempfile.TemporaryDirectory() as scratch:
@@ -108,6 +108,7 @@ def build(names: list[str]) -> None:
             shutil.copy(released, COURSE / unit / released.name)
         print(f"course/{unit}/{unit}.ipynb")
     index.write()
+    front.write()
 
 
 def drift(names: list[str]) -> list[str]:
@@ -142,6 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     for page in index.differing():
         differing.append(str(page))
         print(f"{page} is not what the masters' headers give: run `make build` and commit what it writes", file=sys.stderr)
+    for picture in front.differing():
+        differing.append(str(picture))
+        print(f"{picture} shows what is no longer so: run `make build` and commit what it draws", file=sys.stderr)
     return 1 if differing else 0
 
 

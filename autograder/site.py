@@ -81,7 +81,9 @@ def lay_out(executed: dict[str, NotebookNode], folder: Path) -> None:
     for name in ("instructor_guide.md", "on_colab.md"):
         text = (ROOT / "docs" / name).read_text(encoding="utf-8").replace(f"../{INDEX}", "../README.md")
         (folder / "docs" / name).write_text(text, encoding="utf-8")
-    introduction = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")[1]
+    # Up to the table of units: what the course is, and its pictures.
+    introduction = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n\n")[2].partition("<!-- units")[0].strip()
+    shutil.copytree(ROOT / "docs" / "images", folder / "docs" / "images")
     (folder / "introduction.md").write_text(
         f"{introduction}\n\nBegin with [the index of units](README.md).\n", encoding="utf-8"
     )

@@ -1,13 +1,14 @@
 """What students receive comes from the masters, is the same every time, and holds no solution."""
 
 import re
+from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from autograder import index
+from autograder import front, index
 from autograder.build import COURSE, course_config, drift, generate, instructor_notebook, main, write_instructor_notebook
 from autograder.reference import code_cells, grade_ids, load_reference, master_path, units
 
@@ -29,6 +30,26 @@ def twice(tmp_path_factory):
 
 def test_course_equals_its_masters():
     assert drift(units()) == []
+
+
+def test_the_front_pages_pictures_show_what_is_so():
+    assert front.differing() == []
+    readme = (front.ROOT / "README.md").read_text()
+    for path in front.PICTURES:
+        alt = re.search(rf"!\[(.{{40,}})\]\({path}\)", readme)
+        assert alt, f"{path} needs a text for those who do not see it"
+    peaks = {f"{step.peak / 2**20:,.0f}" for step in front.measured().values()}
+    told = set(re.findall(r"\d[\d,]*\d\d", re.search(r"!\[(.+)\]\(docs/images/memory", readme)[1]))
+    assert told <= peaks
+
+
+def test_a_picture_is_drawn_again_when_what_it_shows_has_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(front, "ROOT", tmp_path)
+    assert front.differing() == list(front.PICTURES)
+    front.write()
+    assert front.differing() == []
+    monkeypatch.setattr(front, "answer_and_message", lambda: ("an answer", "another message"))
+    assert front.differing() == [Path("docs/images/failed_check.png")]
 
 
 def test_two_builds_are_the_same_bytes(twice):

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
@@ -74,3 +75,17 @@ def test_workers_keep_the_groups(request):
     """Else each worker would grade every class of the tests anew."""
     if hasattr(request.config, "workerinput"):
         assert request.node.nodeid.endswith("@one-worker")
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PYPROJECT["project"]["version"] and citation["license"] == PYPROJECT["project"]["license"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_what_github_reads_can_be_read(path):
+    content = yaml.safe_load(path.read_text())
+    if path.parent.name == "ISSUE_TEMPLATE":
+        assert content["name"] and content["description"] and all(field["type"] for field in content["body"])
+    else:
+        assert all("runs-on" in job and job["steps"] for job in content["jobs"].values())

@@ -52,7 +52,7 @@ def memory_bars(
         unit: of the axis, one of `peftlab.memory.UNITS`.
         card: a GPU's name and its bytes, to be drawn as a line that the peaks should not cross.
     """
-    figure, axes = plt.subplots(figsize=(7, 0.7 * len(steps) + 1.4))
+    figure, axes = plt.subplots(figsize=(7, 0.55 * len(steps) + 1.6), layout="constrained")
     for position, step in enumerate(steps.values()):
         left = 0.0
         for category in ("parameters", "gradients", "optimizer_state", "activations"):
@@ -71,8 +71,7 @@ def memory_bars(
     axes.invert_yaxis()
     axes.set(title=title, xlabel=unit)
     axes.margins(x=0.12)
-    columns = 6 if card else 5
-    axes.legend(ncols=columns, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25 - 0.1 / len(steps)))
+    figure.legend(ncols=6 if card else 5, fontsize=8, frameon=False, loc="outside lower center")
     return figure
 
 

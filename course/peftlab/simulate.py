@@ -48,7 +48,9 @@ def simulate_training_step(
     Args:
         prepare: makes of the model what is to be trained: freezes it, puts LoRA layers in, and so on. It is given the
             model on the device "meta", in `dtype`.
-        optimizer_class: takes the trainable parameters and `lr`.
+        optimizer_class: takes the trainable parameters and `lr`. By default AdamW updates one parameter after the other here,
+            and all at once on a GPU: `partial(torch.optim.AdamW, foreach=True)` simulates that. And in fp32 with grouped-query
+            attention a GPU has no fast kernel: call this within `sdpa_kernel(SDPBackend.MATH)` for its bytes.
         dtype: of the weights and of the computation: "fp32", "bf16" or "fp16".
         batch_size, sequence_length: of the token ids that are trained on; every token has a label.
         checkpointing: keep only each layer's input, and compute the rest again in backward.

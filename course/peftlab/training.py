@@ -115,7 +115,8 @@ def train(
         seed: fixes the order of the rows, and dropout if there is any.
         device: where to train; by default the GPU if there is one. The model stays there.
         checkpoint: a file to save to every `checkpoint_every` steps and at the end. If it exists, training goes on
-            from there and ends as an undisturbed run would have.
+            from there and ends as an undisturbed run would have: to the bit on a CPU, up to rounding on a GPU, whose
+            fast attention kernels add in no fixed order.
 
     Raises:
         ValueError: if nothing is trainable, `accumulate` does not divide the batch, the dataset is smaller than a

@@ -157,7 +157,8 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-2-70B"):
 # stays in 16 bits, and so do the factors.
 #
 # `parameters` counts the model as it was, and is all that the first four recipes need; `adapted` counts those of its numbers that lie in adapted
-# matrices, which matters for QLoRA alone, and `trained` the numbers in the factors. Fractions of bytes are fine. Refuse what cannot be: an unknown recipe and a negative number, with a `ValueError`.
+# matrices, which matters for QLoRA alone, and `trained` the numbers in the factors. Fractions of bytes are fine. Refuse what cannot be: an unknown
+# recipe and a negative number, with a `ValueError`.
 #
 # <details><summary>How many bits a number has QLoRA, then?</summary>
 #
@@ -208,8 +209,8 @@ for name, (_, weights, states) in claimed.items():
 
 # %% [markdown]
 # *What to see.* The totals agree to four percent; the rest is rounding of the names "7B" and "70B". But the table's "optimizer states" are
-# gradients *and* moments: 2 + 2 + 2 bytes. And something is missing altogether, for a forward pass leaves its mark, too. That
-# comes in section 4. First, a question: can one train like this at all?
+# gradients *and* moments: 2 + 2 + 2 bytes. And something is missing altogether: a forward pass leaves its mark, too. That comes in section 4. First, a
+# question: can one train like this at all?
 
 # %% [markdown]
 # ## 3. A recipe that cannot work  ·  2 points, about 15 minutes
@@ -297,7 +298,7 @@ for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
 # | | the logarithm of the softmax's denominator, in fp32, one a head | 4 × heads |
 # | MLP | gate, silu(gate), up, and their product | 4 × 2 $i$ |
 #
-# and once, at the end, the last norm, (4 + 2 + 2) $h$, and the logits in fp32, 4 × vocab, for the loss. With **gradient checkpointing**
+# and once, at the end, the last norm, (4 + 2 + 2) $h$, and the loss's logits in fp32, 4 × vocab. With **gradient checkpointing**
 # a layer keeps its input alone, 2 $h$, and computes the rest a second time when backward arrives; norm and logits at the end remain.
 #
 # The check compares your estimate with a *measurement*, and allows 2%.
@@ -354,7 +355,8 @@ print(f"flash attention:            {bytes_of_one_layer(SDPBackend.FLASH_ATTENTI
 print(f"checkpointing:              {bytes_of_one_layer(SDPBackend.FLASH_ATTENTION, True):6.1f} s b h")
 
 # %% [markdown]
-# The first two lines are close. Is it the same thing that they count? Look at what each kernel keeps, for bf16 queries, keys and values of 4 heads, 64 tokens and 16 features:
+# The first two lines are close. Is it the same thing that they count? Look at what each kernel keeps, for bf16 queries, keys and values of 4 heads, 64
+# tokens and 16 features:
 
 # %%
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -398,7 +400,8 @@ for size in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B"):
         )
 
 # %% [markdown]
-# **Predict:** LLaMA-7B with LoRA of rank 16 (its factors are 16 numbers wide) on all linear layers, batch 1, 512 tokens. How many GB at the peak, and what part of them is
+# **Predict:** LLaMA-7B with LoRA of rank 16 (its factors are 16 numbers wide) on all linear layers, batch 1, 512 tokens. How many GB at the peak, and
+# what part of them is
 # activations?
 
 # %%
@@ -444,7 +447,8 @@ for name, recipe, adapted, step in table:
 # are freed as the gradients come in; in the peaks of LoRA and QLoRA it does, and with long sequences everywhere. (3) Its 70B is a round
 # number. (4) Its recipe does not train in fp16, and a recipe with a master copy takes twice as much.
 #
-# QLoRA's paper says that full fine-tuning of the 65B model takes more than 780 GB, and QLoRA less than 48. The first is what stays with bf16 weights and fp32 moments. The
+# QLoRA's paper says that full fine-tuning of the 65B model takes more than 780 GB, and QLoRA less than 48. The first is what stays with bf16 weights
+# and fp32 moments. The
 # second is not in this table, because these steps are measured without checkpointing. With checkpointing, and on a real card, it is in the lines
 # at the beginning of this section.
 

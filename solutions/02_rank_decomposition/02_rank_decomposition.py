@@ -602,8 +602,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* By energy the change *is* of low rank, least so in the MLPs of the first layers and most of all in the last ones, and
-# the weight that it is added to is not: this is what LoRA relies on. By effective rank it is *not*: a few strong directions stand
+# *What to see.* By energy the change *is* of low rank: least so in the MLPs of the first layers, most of all in the last ones. The weight that it is
+# added to is not: this is what LoRA relies on. By effective rank it is *not*: a few strong directions stand
 # on a long tail of weak ones, which together are many. Both are true of the same matrix.
 #
 # Two cautions. The task is small: 640 reviews, two possible answers. Biderman et al. (2024) fine-tuned on billions of tokens of code and
@@ -852,7 +852,7 @@ assert torch.allclose(layer.base_layer.weight, weight - B @ A, atol=1e-5), "peft
 # %% [markdown]
 # ## 9. Bug hunt  ·  1 point, about 8 minutes
 #
-# *After peft issues 1155 and 3004.* Someone has two adapters for the same layer, $B_1 A_1$ for one task and $B_2 A_2$ for another, wants
+# *After peft issues 1155 and 3004.* Someone has two adapters for one layer, $B_1 A_1$ for one task and $B_2 A_2$ for another, wants
 # $w_1 B_1 A_1 + w_2 B_2 A_2$ as *one* pair of factors, and writes what seems to say just that:
 
 

@@ -172,8 +172,8 @@ hidden.check("03_layer_freezing", check_train_last, train_last, train_first)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The second *measures*: it takes a training step at either end, with an optimizer that holds all of the model's parameters, and
-# counts the bytes of gradients, of optimizer state, and of all that forward saves for backward. *2 points.*
+# The second *measures*: it takes a training step at either end, with an optimizer that holds all of the model's parameters. It counts the bytes of
+# gradients, of optimizer state, and of all that forward saves for backward. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-freezing-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_freezing_memory(train_last, train_first)
@@ -480,7 +480,7 @@ print(
 #
 # <details><summary>How do I see whether two names mean one tensor?</summary>
 #
-# `a is b`, for the two `weight`s.
+# `a is b`, where `a` and `b` are the two `weight`s.
 # </details>
 # <details><summary>The check says that a refused request has frozen the model</summary>
 #
@@ -528,7 +528,7 @@ hidden.check("03_layer_freezing", check_train_only, train_only)
 
 # %% [markdown]
 # What does the tie cost? "Train the head alone" is the cheapest thing there is in a model whose head has a weight of its own. In a
-# tied model the same parameter also stands at the very bottom. What do the decoder layers keep then, of which none is trained?
+# tied model the same parameter also stands at the very bottom. None of the decoder layers is trained then. What do they keep?
 
 # %%
 for name in ("LLaMA-7B", "SmolLM2-135M"):
@@ -633,7 +633,7 @@ for name in my_shares:
 #
 # Fine-tune SmolLM2-135M on film reviews twice, with 40 steps on the same batches: the last four layers, then the first four.
 # `fine_tune` scores the model, trains it, scores it again and writes a results row. About a minute and a half each on two CPU cores,
-# fifteen seconds on an H200. Both get a learning rate of 2e-4 here, for a first look; each end's own rate comes below. Which will be better? Which
+# fifteen seconds on an H200. For a first look both get a learning rate of 2e-4; each end's own rate comes below. Which will be better? Which
 # will be faster?
 
 # %%
@@ -687,11 +687,14 @@ print(
 # %% [markdown]
 # ### What we measured
 #
-# These rows come with the course: both tasks, several learning rates with one seed, then three seeds at the rate with the lowest loss
-# over the last ten steps (the *late loss*), and at another one if the mean of the three is worse than its single run. Of the rates with three
-# seeds, the one with the lowest mean is chosen: the star, and the ring. The table and the lines show seed 0, the small marks the other seeds.
-# No batch comes twice within a run, so that this is a loss on rows not yet trained on; the test split has no say in it. Beside freezing
-# stand LoRA (unit 08) and full fine-tuning.
+# These rows come with the course, on both tasks. A learning rate was chosen like this:
+#
+# 1. Several rates are run with one seed. What counts is the mean loss of the last ten steps, the *late loss*. No batch comes twice within a run, so this is
+#    a loss on rows not yet trained on, and the test split has no say in it.
+# 2. The rate with the lowest late loss gets two more seeds. If their mean is worse than the single run of another rate, that rate gets two more seeds as well.
+# 3. Of the rates with three seeds, the one with the lowest mean is chosen: the star, and the ring.
+#
+# The table and the lines show seed 0, the small marks the other seeds. Beside freezing stand LoRA (unit 08) and full fine-tuning.
 
 # %%
 METHODS = {"last 4": ("layer_freezing", ""), "first 4": ("layer_freezing", "first"), "LoRA": ("lora", ""), "full": ("full", "")}

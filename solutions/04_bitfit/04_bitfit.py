@@ -157,8 +157,8 @@ for dtype in (torch.float32, torch.bfloat16):
 # Two functions, each of which decides for *every* parameter of the model whether it is trained, whatever was done with the model
 # before:
 #
-# - `train_biases(model)`: the parameters whose own name, the last part of the full name, is `bias`, whole, and no others. If there
-#   are none, it raises a `ValueError`: on a LLaMA fresh from the Hub, "train the biases" trains nothing.
+# - `train_biases(model)`: the parameters whose own name, the last part of the full name, is `bias`, whole, and no others. If it finds no bias, it
+#   raises a `ValueError`: on a LLaMA fresh from the Hub, "train the biases" trains nothing.
 # - `train_norm_gains(model)`: the gains of the norms, and no others. An RMSNorm multiplies each feature by a number of its own,
 #   $y = \gamma \odot x / \operatorname{rms}(x)$, and our LLaMA calls it `RMSNorm`, with `weight` for $\gamma$. These are the small vectors that a
 #   LLaMA *does* have, and our second candidate.
@@ -307,7 +307,7 @@ def gradients_by_definition(
 # </details>
 # <details><summary>The memory check says that too much is kept</summary>
 #
-# Look at what your backward function *uses*. The layer's own weight costs nothing, for it is in memory in any case; a copy of it
+# Look at what your backward function *uses*. The layer's own weight costs nothing, because it is in memory in any case; a copy of it
 # does (`.clone()`, `.contiguous()`, another dtype), and so does everything as large as the input or the output.
 # </details>
 
@@ -443,7 +443,7 @@ plots.show(figure, alt="Stacked bars: without gradients and optimizer state; act
 
 # %% [markdown]
 # *What to see.* Gradients and optimizer state have all but vanished in both. Activations are a third smaller with biases than in full:
-# no linear layer keeps its input. They are not gone, for the gradient has to pass through everything that is not linear (the gate,
+# no linear layer keeps its input. They are not gone, because the gradient has to pass through everything that is not linear (the gate,
 # the product with it, attention, the norms), and each of these needs what it saw. The black line is the peak, the most that was
 # needed at any one moment.
 #
@@ -625,9 +625,10 @@ for kind, value in sorted(zip(KINDS, moved.mean(1).tolist()), key=lambda pair: -
 # %% [markdown]
 # ## 7. The comparison, measured
 #
-# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course: every method on two
-# tasks (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right), with one seed at each learning rate, then with
-# three at the rate that looks best, and at another one if the mean of the three is worse than its single run. What counts is the training loss of the last
+# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every method and two tasks
+# (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right). Each learning rate was run with one seed, the best-looking
+# one with three. If the mean of the three is worse than another rate's single run, that rate got three as well. What counts is the training loss of the
+# last
 # ten steps; no row comes twice in these runs, so that is a loss on unseen rows, and the test split is not used.
 
 # %%
@@ -668,7 +669,8 @@ print(comparison.memory_table(shipped))
 # that it has never written. Does a constant shift suffice for both? Compare the biases' score with LoRA's in each, and keep
 # the spread in mind before you call one better.
 #
-# The norm gains do as well as the biases, with fewer than a quarter of their numbers: on reviews within half a point, on tool calls a little better in the mean, by less than either's
+# The norm gains do as well as the biases, with fewer than a quarter of their numbers: on reviews within half a point, on tool calls a little better in
+# the mean, by less than either's
 # seeds lie apart. There they also forget less than half as much. But look at the column of activations: the biases need
 # none of their own, and the gains want their normed input. In bytes of a training step the smaller method is the larger one.
 
@@ -743,8 +745,7 @@ assert apart <= 1e-5, "with both flags the two models must agree"
 # %% [markdown]
 # ## 9. Where a bias acts
 #
-# Not all of the seven are worth having. Look at attention. The score of query $i$ and key $j$, with a bias on each and, for the
-# moment, without rotary positions, is
+# Not all of the seven are worth having. Look at attention. The score of query $i$ and key $j$, with a bias on each and without rotary positions, is
 #
 # $$ (q_i + b_q) \cdot (k_j + b_k) = q_i \cdot k_j + b_q \cdot k_j + \underbrace{q_i \cdot b_k + b_q \cdot b_k}_{\text{the same for all } j} $$
 #

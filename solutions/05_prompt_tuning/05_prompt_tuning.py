@@ -64,8 +64,8 @@ hidden = tiny.model.decode(embeddings)
 print("the same as for the ids themselves:", torch.equal(hidden, tiny.model(input_ids)))
 
 # %% [markdown]
-# `decode` does not ask where the vectors come from. A prompt in words stands in front of the text as embeddings of its tokens. Prompt
-# tuning puts a matrix $P$ there instead, of which no row need be any token's, and trains it:
+# `decode` does not ask where the vectors come from. A prompt in words stands in front of the text as embeddings of its tokens. Prompt tuning puts a
+# matrix $P$ there instead and trains it. Its rows do not have to be the embedding of any token:
 #
 # $$ h = \mathrm{decode}\big([\,P;\, E(x)\,]\big), \qquad P \in \mathbb{R}^{p \times d}, \quad E(x) \in \mathbb{R}^{n \times d} $$
 #
@@ -102,8 +102,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* In the third row padding lies between prompt and text. The positions go on across it without a gap, for the row should
-# give what it gives alone. (peft leaves the gap in; section 9 shows what that does.)
+# *What to see.* In the third row padding lies between prompt and text. The positions go on across it without a gap, so that the row gives what it gives
+# alone. (peft leaves the gap in; section 9 shows what that does.)
 #
 # ### Predict, then count: how many numbers are trained?
 #
@@ -350,7 +350,8 @@ model.model = bare
 # %% [markdown]
 # ## 3. Measured: what is saved, what is not
 #
-# What will a training step hold, compared with LoRA (unit 08: two thin trained matrices beside each frozen one), which trains over 250 times as many numbers here but adds no position? Write
+# What will a training step hold, compared with LoRA (unit 08: two thin trained matrices beside each frozen one), which trains over 250 times as many
+# numbers here but adds no position? Write
 # down, for each kind of bytes, whether prompt tuning needs "less" than LoRA, "as much" or "more".
 
 # %%
@@ -396,11 +397,11 @@ plots.show(
 # %% [markdown]
 # ## 4. The loss over prompt and text  ·  1 point, about 10 minutes
 #
-# `PromptedModel` hides the prompt's positions. Most libraries don't: peft's model returns logits for *all* positions, prompt and text, and
-# whoever computes a loss or a score from them must know it. (Pull request 533 to EleutherAI's evaluation harness is about logits
+# `PromptedModel` hides the prompt's positions. Most libraries don't: peft's model returns logits for *all* positions, prompt and text, and code that
+# computes a loss or a score from them must know it. (Pull request 533 to EleutherAI's evaluation harness is about logits
 # that were taken from where the text would be without a prompt.) Write the loss for such logits. Given
 #
-# - `logits`, `(batch, prompt + seq, vocab)`, and `labels`, `(batch, seq)`, for the text alone, with `IGNORE` (-100) where there is none,
+# - `logits`, `(batch, prompt + seq, vocab)`, and `labels`, `(batch, seq)`, of the text only, with `IGNORE` (-100) where a position has no label,
 #
 # return the mean of $-\log p(\text{label})$ over all labels, computed in fp32, where the logits at each position predict the *next* one.
 #
@@ -728,8 +729,8 @@ for name, run in {"a": run_a, "b": run_b, "c": run_c, "c, learning rate 0.1": la
     print(f"run {name}: {diagnose(model.model, optimizer, lambda: causal_loss(model, batch, batch), steps=40)}")
 
 # %% [markdown]
-# The learning rate decides more than anything else here. In peft's own benchmark (Llama-3.2-3B on school mathematics, 200 random vectors,
-# 5,000 steps, AdamW) prompt tuning solves 5% of the problems with the benchmark's default learning rate, 1e-4, and 25% with
+# The learning rate decides more than anything else here. peft has a benchmark: Llama-3.2-3B on school mathematics, 200 random vectors, 5,000 steps,
+# AdamW. There prompt tuning solves 5% of the problems with the benchmark's default learning rate, 1e-4, and 25% with
 # 1e-3; from sampled vocabulary, with 1e-3, 39%. Lester et al. use 0.3, with Adafactor.
 
 # %% [markdown]
@@ -737,7 +738,7 @@ for name, run in {"a": run_a, "b": run_b, "c": run_c, "c, learning rate 0.1": la
 #
 # Which learning rate, and which start? These rows come with the course: the three starts on film reviews, and the
 # one from text on a second task as well (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right). There is
-# one seed at each learning rate, then three at a rate that looks best, and at another one if the mean of the three is worse than its single
+# one seed at each learning rate, then three at the rate that looks best, and at another one if the mean of the three is worse than that one's single
 # run; of the rates with three seeds, the one with the lowest mean is chosen. What counts is the training loss of the last ten steps; no row
 # comes twice in these runs, so that is a loss on unseen rows, and the test split is not used.
 
@@ -800,9 +801,11 @@ for task in comparison.TASKS:
         )
 
 # %% [markdown]
-# *What to see.* Where does each curve *begin*? The instruction in words leaves the model better than it was, for it says what is asked. With words drawn at
-# random, or with random numbers, the score is higher or lower than without a prompt, as luck has it, and the loss starts about two nats above the instruction's. Where does
-# it *end*? Half of the forty steps go into getting rid of that. Then the drawn words have caught up with the instruction, in the mean of three seeds, loss and score alike;
+# *What to see.* Where does each curve *begin*? The instruction in words leaves the model better than it was, because it says what is asked. With words drawn at
+# random, or with random numbers, the score is higher or lower than without a prompt, as luck has it, and the loss starts about two nats above the
+# instruction's. Where does
+# it *end*? Half of the forty steps go into getting rid of that. Then the drawn words have caught up with the instruction, in the mean of three seeds,
+# loss and score alike;
 # random numbers not quite: three points less, and seven between their seeds. So what a start *says* is soon made up for; that its vectors are such as the model
 # has met before, small ones, seems to matter longer (three seeds on one task are a hint, no more). And the column of forgetting, above: only the prompt that began as a
 # sensible instruction leaves the newspaper sentences alone.

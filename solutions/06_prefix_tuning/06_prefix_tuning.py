@@ -164,7 +164,8 @@ def prefix_attention_by_definition(
 # 1. projects `x` with the layer's own `q_proj`, `k_proj` and `v_proj`, splits the results into heads, and rotates queries and keys;
 # 2. asks `self.prefix(self.layer)` for keys and values, *in every call* (training changes them; exercise 4's computes them), expands
 #    them to the batch, brings them to `x`'s dtype, and puts them in front of the text's;
-# 3. extends the mask: `mask` is True where a query (row) may look at a key of the *text* (column), shaped (batch, 1, seq, seq) or (1, 1, seq, seq), and `None` stands for
+# 3. extends the mask: `mask` is True where a query (row) may look at a key of the *text* (column), shaped (batch, 1, seq, seq) or (1, 1, seq, seq), and
+#    `None` stands for
 #    the plain causal one. All of the prefix may be looked at, also by padding;
 # 4. attends with `F.scaled_dot_product_attention(..., attn_mask=..., enable_gqa=True)`, which lets query heads share key-value
 #    heads without copying these, puts the heads side by side again, and applies `o_proj`.
@@ -659,7 +660,7 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Gradients and optimizer state are gone, for both exist only for what is trained; with the MLP a sliver is there
+# *What to see.* Gradients and optimizer state are gone, because only what is trained has them; with the MLP a sliver is there
 # *during training*. Most activations stay, as they do with LoRA: the prefix of the first layer is reached only through everything above
 # it. What a frozen linear layer read is not needed, so there are fewer than in full fine-tuning, although the prefix adds a few keys and values to each
 # layer. Gradient checkpointing is what
@@ -768,7 +769,7 @@ plots.show(
 # *What to see.* Without a prefix the model gives about half of its attention to the first token of whatever it reads. That token's value is
 # far shorter than the others: it is a place to look at when there is nothing to see, an **attention sink** (Xiao et al. 2023), and so most heads, most of
 # the time, add next to nothing. A prefix from text brings its own sink along, the first key of the prefix, and the model works as before;
-# better even, for the instruction tells it what is asked.
+# better even, because the instruction tells it what is asked.
 #
 # A random prefix has no sink. It takes away about as large a share (remember $\lambda$) and puts *random values* in the place of
 # nothing, in all 30 layers. What comes out is about as bad as guessing, or worse. Zeros are milder: they dilute the attention, and disturb less. An
@@ -885,8 +886,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Hold the first step of each curve against the losses before training in section 6. Then look for 0.69 nats, which is $\ln 2$: whoever
-# has learned that *good* or *bad* comes next, and not which, has this loss, and half of the reviews right. Every run from random numbers ends
+# *What to see.* Hold the first step of each curve against the losses before training in section 6. Then look for 0.69 nats, which is $\ln 2$: a model
+# that knows the next word is *good* or *bad*, but not which, has this loss, and half of the reviews right. Every run from random numbers ends
 # there or above, at whatever rate: a high one does get the prefix away from where it began, and to nothing better, in forty steps. The MLP ends there, too, at
 # rates of 0.0003 and more; at 0.0001 it gets further. The prefix from text learns at every rate of its sweep. So the start decides, and the setting
 # with which prefix tuning learns here is: keys and values of real text, and a rate of about 0.01. (Forty steps are few. What many thousand would do,
@@ -904,8 +905,8 @@ print(comparison.memory_table(shipped))
 # %% [markdown]
 # ## 8. The same thing in peft
 #
-# Hold what you built against the library. A small LLaMA with grouped-query attention exists twice with the same weights, as `transformers`
-# model with peft's `PrefixTuningConfig` and as our `Llama` with yours, once with keys and values trained directly and once through an MLP. Both
+# Hold what you built against the library. A small LLaMA with grouped-query attention exists twice with the same weights: as `transformers` model with
+# peft's `PrefixTuningConfig`, and as our `Llama` with yours. Keys and values are trained directly once, and once through an MLP. Both
 # must give the same logits, and the same losses over 20 AdamW steps.
 
 # %% tags=["experiment"]
@@ -1084,7 +1085,7 @@ except RuntimeError as error:
 # %% [markdown]
 # How many keys does a layer see in forward, and how many when backward runs it again? In the issue the shapes of the keys were printed, and it took
 # a while until somebody saw what they meant. `transformers` now *throws the cache away* where a layer is checkpointed, with a line in the log; the
-# prefix goes with it, and whoever then cuts the mask to the keys that are left trains a model without a prefix. Nothing need complain: if the
+# prefix goes with it, and code that then cuts the mask to the keys that are left trains a model without a prefix. Nothing need complain: if the
 # embeddings' output requires gradients, as libraries arrange it for checkpointing, `backward` runs through the frozen layers to the embeddings,
 # `prefix.keys.grad` stays `None`, and the optimizer passes the prefix over. peft refuses:
 

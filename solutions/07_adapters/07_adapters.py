@@ -428,7 +428,7 @@ for name, whole in WHOLE.items():
 
 # %% [markdown]
 # *What to see.* The share follows from how wide the bottleneck is *relative to the model*: adapters grow with $d$, the model's matrices with
-# $d^2$. So 16 features are eight tenths of a percent of the small model and one tenth of a percent of the large one, and the 1 to 5% of the overview mean
+# $d^2$. So 16 features are eight tenths of a percent of the small model and one tenth of a percent of the large one. The 1 to 5% of the overview mean
 # hundreds of features at 7 billion parameters. Houlsby et al. trained 3.6% a task on BERT, and came within 0.4% of full fine-tuning on GLUE.
 
 # %% [markdown]
@@ -541,7 +541,7 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Gradients and optimizer state have all but vanished, for both exist only for what is trained. The weights are all there.
+# *What to see.* Gradients and optimizer state have almost disappeared, because only the trained parameters have them. The weights are all there.
 # Activations have shrunk less: to reach the lowest adapter the gradient has to pass through everything above it, and each
 # nonlinearity, norm and attention on the way needs what it saw. What a *frozen* linear layer saw is not needed, so that adapters at two places
 # leave less than LoRA does, whose $A$ wants the input of each of the seven (four tensors: some of the seven read the same one).
@@ -766,9 +766,10 @@ print(f"unknown names: {unknown}, largest difference: {(hidden_states[0] - hidde
 # %% [markdown]
 # ## 7. The comparison, measured
 #
-# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course: every method on
-# both tasks, with one seed at each learning rate, then with three at the rate that looks best, and at another one if the mean of the three is worse than
-# its single run. What counts is the training loss of the last ten steps; no row comes twice in these runs, so that is a loss on unseen rows, and the test
+# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every method and both tasks. Each
+# learning rate was run with one seed, the best-looking one with three. If the mean of the three is worse than another rate's single run, that rate got
+# three as well. What counts is the training loss of the last ten steps; no row comes twice in these runs, so that is a loss on unseen rows, and the
+# test
 # split is not used.
 
 # %%
@@ -825,7 +826,7 @@ in_layers = WHOLE["SmolLM2-135M"] - PRESETS["SmolLM2-135M"].vocab_size * PRESETS
 print(f"adapters add {adapter_parameters(PRESETS['SmolLM2-135M'], 16) / in_layers:.1%} to the arithmetic")
 
 # %% [markdown]
-# Predict: by how many percent will a forward pass get slower, for a single token (as when text is generated), and for 256 tokens at once?
+# Predict: by how many percent will a forward pass get slower? Say it for one token (as when text is generated) and for 256 tokens at once.
 
 # %%
 my_single_token, my_256_tokens = None, None  # percent

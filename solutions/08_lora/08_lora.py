@@ -105,8 +105,8 @@ def lora_by_definition(
 # `LoRALinear` takes the place of an `nn.Linear`, which it keeps as `base`. Three things decide whether it works:
 #
 # - **The order of the products.** $(BA)x$ and $B(Ax)$ are the same numbers, but the second never builds a large matrix.
-# - **The start.** $B$ starts at zero, so $BA = 0$ and training begins from the model as it was. $A$ starts at random: were
-#   both zero, neither would get a gradient, for the gradient of each is multiplied by the other. Use
+# - **The start.** $B$ starts at zero, so $BA = 0$ and training begins from the model as it was. $A$ starts at random: were both zero, neither would get
+#   a gradient, because the gradient of each is multiplied by the other. Use
 #   `nn.init.kaiming_uniform_(..., a=math.sqrt(5))`, as `nn.Linear` itself does and peft does.
 # - **The scale** $\alpha / r$, a plain number, says how much the update counts. Many set $\alpha = 2r$, as we do below, so that the
 #   scale is 2 at every rank.
@@ -192,8 +192,9 @@ hidden.check("08_lora", check_lora_start, LoRALinear)
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The third *measures*. It takes a training step with a small layer and counts the bytes of every gradient, of the optimizer's
-# state and of all that forward keeps for backward, which need be no more than `rank` numbers a token besides `x`. Then it takes one with a base of 64 MiB and watches by how much the process
+# The third *measures*. It takes a training step with a small layer and counts the bytes of every gradient, of the optimizer's state and of all that
+# forward keeps for backward. The last need be no more than `rank` numbers a token besides `x`. Then it takes one with a base of 64
+# MiB and watches by how much the process
 # grows. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-lora-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
@@ -345,7 +346,7 @@ figure = plots.memory_bars(
 plots.show(figure, alt="Stacked bars: LoRA has no visible gradients or optimizer state; its activations are almost as large.")
 
 # %% [markdown]
-# *What to see.* Gradients and optimizer state have all but vanished, for both exist only for what is trained. The weights are
+# *What to see.* Gradients and optimizer state have almost disappeared, because only the trained parameters have them. The weights are
 # the same: LoRA does not shrink the model (that is unit 10's business). And the activations have shrunk only a little. The black
 # line is the peak, the most that was needed at any one moment. For full fine-tuning it lies left of the bar's end: backward frees
 # activations as it makes gradients, so the two are never there in full at the same time.
@@ -371,7 +372,8 @@ print(step_table(steps))
 
 # %% [markdown]
 # *What to see.* Weights, gradients and optimizer state agree, but for the 4 bytes a tensor in which AdamW counts its steps: on a GPU these stay in the CPU's memory.
-# Activations are larger on the GPU. PyTorch 2.11 has no fast attention kernel there for fp32 and grouped queries, and attention that is written out keeps its scores. The peak of full
+# Activations are larger on the GPU. PyTorch 2.11 has no fast attention kernel there for fp32 and grouped queries, and attention that is written out
+# keeps its scores. The peak of full
 # fine-tuning is larger as well: on a GPU AdamW updates all parameters at once, for which it needs a temporary copy of everything that is trained. A simulation that
 # is told both gives the GPU's figures to the byte:
 
@@ -763,9 +765,9 @@ hidden.check("08_lora", check_merge_into_head, merge_into_head)
 # %% [markdown]
 # ## 9. In your own words  ·  2 points, marked by hand
 #
-# A colleague has one GPU with 24 GB. She reads that LoRA "cuts memory threefold" (Hu et al. report 1.2 TB → 350 GB for GPT-3), takes
-# a model whose weights fill 14 GB in 16 bits, trains it on documents of 8,000 tokens with LoRA of rank 8, and runs out of memory in
-# the first step. She halves the rank, and nothing changes.
+# A colleague has one GPU with 24 GB. She reads that LoRA "cuts memory threefold" (Hu et al. report 1.2 TB → 350 GB for GPT-3), and takes a model whose
+# weights fill 14 GB in 16 bits. She trains it on documents of 8,000 tokens with LoRA of rank 8, and runs out of memory in the first step. She halves
+# the rank, and nothing changes.
 #
 # In about 120 words: which bytes did LoRA save her, and which does she still pay for? Why did halving the rank not help? What would
 # you change, and what does that cost? Refer to at least one number that you measured in section 3.
@@ -805,5 +807,6 @@ hidden.check("08_lora", check_merge_into_head, merge_into_head)
 #   arXiv 2502.02737.
 # - peft issues [286](https://github.com/huggingface/peft/issues/286),
 #   [1206](https://github.com/huggingface/peft/issues/1206), [1388](https://github.com/huggingface/peft/issues/1388),
-#   [1514](https://github.com/huggingface/peft/issues/1514), [2018](https://github.com/huggingface/peft/issues/2018), [2196](https://github.com/huggingface/peft/issues/2196),
+#   [1514](https://github.com/huggingface/peft/issues/1514), [2018](https://github.com/huggingface/peft/issues/2018),
+# [2196](https://github.com/huggingface/peft/issues/2196),
 #   [2864](https://github.com/huggingface/peft/issues/2864).

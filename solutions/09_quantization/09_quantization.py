@@ -53,9 +53,9 @@ from peftlab.memory import MEBIBYTE, tensor_bytes
 # %% [markdown]
 # ## The idea
 #
-# Take a block of weights $w_1, \dots, w_n$, divide them by the largest magnitude among them, the **absmax**, and replace each by
-# the nearest of a few agreed numbers between -1 and 1, the **levels** $\ell_0 < \ell_1 < \dots$ Only the level's index is stored,
-# the **code**, and one absmax for the block:
+# Take a block of weights $w_1, \dots, w_n$ and divide them by the largest magnitude among them, the **absmax**. Replace each by the nearest of a few
+# agreed numbers between -1 and 1, the **levels** $\ell_0 < \ell_1 < \dots$. Only the level's index is stored, the **code**, and one absmax for the
+# block:
 #
 # $$ a = \max_i |w_i|, \qquad q_i = \arg\min_j \left| \frac{w_i}{a} - \ell_j \right|, \qquad \hat w_i = a \, \ell_{q_i} $$
 #

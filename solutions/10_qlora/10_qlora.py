@@ -75,14 +75,14 @@ def bitsandbytes_nf4(weight: Tensor, double: bool = True) -> tuple[Tensor, tuple
 #
 # | | | |
 # |---|---|---|
-# | the weight, for a moment | $\hat W = \text{dequantize}(q, s)$ | `weight = self.dequantized()` |
+# | the weight, briefly | $\hat W = \text{dequantize}(q, s)$ | `weight = self.dequantized()` |
 # | forward | $\hat W x$ | `x @ weight.T` |
 # | backward | $\hat W^\top g$ | `gradient @ weight`, dequantized *again* |
 # | the update | $\frac{\alpha}{r} B (A x)$ | `self.scaling * (x @ A.T @ B.T)` |
 #
-# Nobody asks for the gradient of $q$: codes cannot move by a small step. The gradient of $x$ must go on, to the layers below. It needs $\hat W$, which
-# was there in forward, and the whole saving depends on what happens to it in between. If autograd keeps it, all layers have an
-# unpacked weight in memory when backward begins, and the codes have been for nothing.
+# The codes $q$ need no gradient: they cannot move by a small step. The gradient of $x$ must go on, to the layers below. It needs $\hat W$, which
+# was there in forward, and the whole saving depends on what happens to it in between. If autograd keeps it, all layers have an unpacked weight in
+# memory when backward begins. Then quantizing saved nothing.
 #
 # Here are the bytes of one query projection of SmolLM2, drawn to scale.
 
@@ -131,7 +131,7 @@ my_seconds = None  # QLoRA's step over LoRA's: a ratio
 # 2. **one gather**: look up every byte; what comes out are pairs of weights, in their order;
 # 3. **one product**, in place: the values, viewed as blocks, times their absmax, in fp32; then cast to the dtype asked for.
 #
-# The check wants the values to the last bit, and follows every allocation: at its peak it may take 6 bytes a weight, of which 4 are the fp32 values.
+# The check wants the values to the last bit, and follows every allocation: at its peak it may take 6 bytes a weight; 4 of these are the fp32 values.
 #
 # <details><summary>How do I make the table?</summary>
 #
@@ -395,8 +395,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* In the first bar the green part is eight unpacked weights, which wait for backward. In the second there is none, and the
-# peak is little more than the codes and one layer's unpacked weight.
+# *What to see.* In the first bar the green part is eight unpacked weights, which wait for backward. The second bar has no green part: its peak is
+# barely above the codes plus one layer's unpacked weight.
 #
 # ## 3. LoRA on it, in a whole model  ·  3 points, about 25 minutes
 #
@@ -473,7 +473,7 @@ hidden.check("10_qlora", check_qlora_layer, QLoRALinear)
 # `NF4Linear`.
 #
 # One thing more. While you go through a large model, its 16-bit weights should vanish one by one, or both copies are in memory at the
-# end. A weight vanishes when nobody refers to it any more.
+# end. Python frees a weight when nothing refers to it any more.
 #
 # <details><summary>The check says that weights stay in memory</summary>
 #
@@ -562,7 +562,7 @@ for name in ("SmolLM2-135M", "LLaMA-7B"):
     )
 
 # %% [markdown]
-# The share is LoRA's, for the factors are the same: below one percent in a large model, more in a small one, whose matrices are small
+# The share is LoRA's, because the factors are the same: below one percent in a large model, more in a small one, whose matrices are small
 # (a factor grows with a matrix's width, the matrix with its square). And a trap: `model.parameters()` lists embedding, norms and factors, but
 # not the codes, which are buffers; a share computed from that is wrong, as the last column shows. (bitsandbytes keeps the packed bytes as a
 # parameter, which counts each *byte* as one weight, so that there the number is off as well.)
@@ -678,9 +678,11 @@ plots.show(
 # 2. take Adam's step with them, as if nothing had happened;
 # 3. quantize the *new* moments, and forget the fp32 ones.
 #
-# The codes are those of unit 09's dynamic data type. The first moment has a sign, so it takes the signed type, `dynamic_code(True)`; the second is never negative and takes
+# The codes are those of unit 09's dynamic data type. The first moment has a sign, so it takes the signed type, `dynamic_code(True)`; the second is
+# never negative and takes
 # the unsigned one, `dynamic_code(False)`, which has a bit more for its digits. `nearest_code(x, signed)` finds codes for numbers between -1 and 1.
-# That errors do not add up is due to these types: most of their values are small, and small numbers keep about as many digits as large ones. Even so, tensors of fewer than
+# That errors do not add up is due to these types: most of their values are small, and small numbers keep about as many digits as large ones. Even so,
+# tensors of fewer than
 # 4,096 values stay in fp32, as in bitsandbytes: there is little to save.
 #
 # With gradient $g$, both moments zero at the start, and $t = 1$ in the first step, the step of AdamW is
@@ -820,7 +822,8 @@ plots.show(
 # though, the state is small to begin with: the 8-bit optimizer is for those who train many parameters.
 #
 # Two traps that bitsandbytes has had to step around. PyTorch's `load_state_dict` casts an optimizer's state to the parameter's dtype, so
-# that codes come back as floating-point numbers; bitsandbytes has a loader of its own, and a long training run with yours would need one. And embeddings trained in full are
+# that codes come back as floating-point numbers; bitsandbytes has a loader of its own, and a long training run with yours would need one. And
+# embeddings trained in full are
 # less stable in 8 bits (Dettmers et al. 2022, section 2.3); bitsandbytes lets you keep their moments in 32.
 #
 # **Paging.** On an NVIDIA GPU bitsandbytes can also put the state into *unified memory*: pages that the driver moves between GPU and main memory, as an
@@ -929,9 +932,9 @@ print(comparison.sweep_table(longer))
 print(comparison.score_table(longer))
 
 # %% [markdown]
-# *What to see.* With 120 steps both write nearly every call right, with every seed, and the three points are gone. Whether they were luck or a slower start, the rows do
-# not tell; that weights of four bits keep this task from being learned, they refute. At the highest rate LoRA comes to nothing, and QLoRA does not: one seed each,
-# at a rate that nobody would choose, so build nothing on it.
+# *What to see.* With 120 steps both write nearly every call right, with every seed, and the three points are gone. The rows do not tell whether they
+# were luck or a slower start. They do show that 4-bit weights do not stop the model from learning this task. At the highest rate LoRA fails and QLoRA
+# does not. That is one seed each, at a rate that nobody would choose, so build nothing on it.
 #
 # ### Slower or faster?
 #
@@ -982,7 +985,8 @@ for name, found in gpu.proofs("training steps").items():
         print(f"{name}, {batch} tokens: LoRA {lora:.2f} s, QLoRA {qlora_step:.2f} s, {qlora_step / lora:.1f} times as long")
 
 # %% [markdown]
-# *What to see.* Four times as many tokens take no longer, with either method, and the ratio does not fall. This model is too small for the card: the GPU waits for Python,
+# *What to see.* Four times as many tokens take no longer, with either method, and the ratio does not fall. This model is too small for the card: the
+# GPU waits for Python,
 # which launches one operation after the other. So what counts is how many operations there are. How many does dequantizing take?
 #
 # ### One kernel instead of many  ·  optional, about 15 minutes
@@ -1087,14 +1091,17 @@ for name, found in gpu.proofs("training steps").items():
                 print(f"{name}, {kind}, {batch}: a step takes {found[f'{kind}, {batch}: ours over peft']:.2f} of peft's time")
 
 # %% [markdown]
-# *What to see.* On the H200 the solution, which works in parts, takes fifteen times as long as bitsandbytes' kernel: the operations that you counted, against one launch. Compiled
-# as it stands it is still seven times as slow. Compiled as one expression it takes about 40 microseconds more than bitsandbytes, for a small weight as for a
-# large one: so its loop over the weights is as fast, and what remains is the way from Python to the launch. A whole step of QLoRA then takes no longer than
+# *What to see.* On the H200 the solution, which works in parts, takes fifteen times as long as bitsandbytes' kernel: the operations that you counted,
+# against one launch. Compiled
+# as it stands it is still seven times as slow. Compiled as one expression it takes about 40 microseconds more than bitsandbytes, whether the weight is
+# small or large: so its loop over the weights is as fast, and what remains is the way from Python to the launch. A whole step of QLoRA then takes no
+# longer than
 # peft's on bitsandbytes. On a CPU nothing has to be launched, so there is less to gain: compare your own lines above.
 #
 # ## 7. Merging, or not  ·  1 point, about 10 minutes
 #
-# After training one would like a plain model again. `merged_weight` returns $\hat W + \frac{\alpha}{r} B A$ of a layer: computed in fp32, rounded once to the dtype that is asked
+# After training one would like a plain model again. `merged_weight` returns $\hat W + \frac{\alpha}{r} B A$ of a layer: computed in fp32, rounded once
+# to the dtype that is asked
 # for. The layer stays as it is. Note the hat. The factors were trained beside $\hat W$, not beside the original $W$, and made up for
 # some of the difference: merged into $W$, they would correct an error that is not there.
 
@@ -1169,7 +1176,8 @@ print(f"NF4, again: {torch.stack(same).mean():.2%} of the packed bytes are those
 #
 # ## 8. Seven and sixty-five billion, on paper
 #
-# The paper's introduction says: full fine-tuning of the 65B model takes more than 780 GB, QLoRA less than 48. Section 2 of it has numbers for 7B, batch size 1: the 4-bit
+# The paper's introduction says: full fine-tuning of the 65B model takes more than 780 GB, QLoRA less than 48. Section 2 of it has numbers for 7B, batch
+# size 1: the 4-bit
 # base 5,048 MB, LoRA's weights 26 MB, "input gradients" 567 MB, and with gradient checkpointing 18 MB a sequence. Can *your* layers reproduce these? With
 # fake tensors (unit 01) your own code runs, operation by operation, at full size, and nothing is allocated.
 
@@ -1223,8 +1231,9 @@ for length in (tokens, 512):
 #
 # - **18 MB.** With checkpointing what remains is each layer's input. The paper's 18 MB fit an average sequence of the length in the first line. For that length your
 #   measurement gives as much, and the logits, for which the loss has to wait, on top.
-# - **567 MB.** For the same length we find less. The code of 2023 computed attention with its $s \times s$ matrices and softmax in fp32, kept fp32 copies in norms and in LoRA's
-#   path (dropout, and inputs cast to the factors' dtype, section 3), where ours has one operation for attention and casts the factors.
+# - **567 MB.** For the same length we find less. The code of 2023 computed attention with its $s \times s$ matrices and softmax in fp32. It kept fp32
+#   copies in norms and in LoRA's path (dropout, and inputs cast to the factors' dtype, section 3). Ours has one operation for attention and casts the
+#   factors.
 #   What the paper calls input gradients are these tensors, which forward keeps so that gradients can be computed.
 # - **26 MB** is a nominal share, 0.2% of the weights; the ranks that were used with all linear layers take more.
 # - **5,048 MB** is more than any of our four. Codes and statistics leave little room: the difference must lie in what is *not* quantized, or in what the
@@ -1242,7 +1251,8 @@ for checkpointing in (False, True):
     )
 
 # %% [markdown]
-# *What to see.* 780 GB are 12 bytes a parameter: weights and gradients in 16 bits, Adam's moments in 32. QLoRA's peak is below 48 GB *with* checkpointing, and above without:
+# *What to see.* 780 GB are 12 bytes a parameter: weights and gradients in 16 bits, Adam's moments in 32. QLoRA's peak is below 48 GB *with*
+# checkpointing, and above without:
 # the claim needs both. The optimizer matters, too: the moments here are in bf16 like the factors; in fp32 they would take twice as much, and that is where
 # paging and eight bits come in.
 #
@@ -1259,7 +1269,8 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B"):
         )
 
 # %% [markdown]
-# *What to see.* The allocator gave out less than 48 GB for 65 billion parameters: the paper's claim, on a real card. The simulated peaks are off by less than 5,000 bytes.
+# *What to see.* The allocator gave out less than 48 GB for 65 billion parameters: the paper's claim, on a real card. The simulated peaks are off by
+# less than 5,000 bytes.
 
 # %% [markdown]
 # ## 9. The same thing in peft and bitsandbytes
@@ -1442,7 +1453,8 @@ for card, found in gpu.proofs("AdamW8bit against bitsandbytes").items():
 # ### A larger model
 #
 # On a GPU your layers take a larger LLaMA from the Hub, if you name one: one with plain rotary embeddings, such as `HuggingFaceTB/SmolLM2-1.7B` or
-# `meta-llama/Llama-2-7b-hf`. Set `LARGER` below, or the environment variable `PEFTLAB_MODEL`. The weights are read in bf16 into main memory, 2 bytes each, and quantized on the
+# `meta-llama/Llama-2-7b-hf`. Set `LARGER` below, or the environment variable `PEFTLAB_MODEL`. The weights are read in bf16 into main memory, 2 bytes
+# each, and quantized on the
 # way to the GPU. A free Colab has 12.7 GB of main memory: enough for the 1.7B model, too little for 7B.
 
 # %% tags=["experiment"]
@@ -1491,7 +1503,8 @@ else:
 # %% [markdown]
 # ## 10. Bug hunt  ·  1 point, about 15 minutes
 #
-# *After bitsandbytes issue 1569, peft issues 816 and 1149, and TRL pull request 4457.* "When I prepare my quantized model for training, the memory consumption is even higher than in bf16",
+# *After bitsandbytes issue 1569, peft issues 816 and 1149, and TRL pull request 4457.* "When I prepare my quantized model for training, the memory
+# consumption is even higher than in bf16",
 # somebody writes, and others confirm it. peft's function for this freezes the model and casts whatever is in 16 bits to fp32, "for
 # stability". In short:
 
@@ -1545,7 +1558,8 @@ for name, prepare in {"in 16 bits": lambda model: None, "with the bug": prepare_
 # The embedding has doubled. And the activations, which no parameter's dtype seems to decide? A product of a number in 16 bits and one in 32 is in 32: the first norm
 # multiplies by its fp32 weight, and everything after it is in fp32, is kept for backward in fp32, in every layer.
 #
-# But there is something in that function that is worth keeping. Write `prepare_for_training`: cast what needs fp32 and leave the rest, in place, so that an optimizer that holds the
+# But there is something in that function that is worth keeping. Write `prepare_for_training`: cast what needs fp32 and leave the rest, in place, so
+# that an optimizer that holds the
 # parameters already goes on with them.
 #
 # <details><summary>What needs fp32, then?</summary>
@@ -1595,27 +1609,32 @@ print(
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
 # **Rubric.** *1 point: the cause.* The update moves most weights by far less than half the distance between two levels, so quantizing again puts them back where they
-# were and undoes the update (quoted from section 7: the last column is about 1, or nearly all packed bytes are unchanged). A higher rank does not make the update larger
+# were and undoes the update (quoted from section 7: the last column is about 1, or nearly all packed bytes are unchanged). A higher rank does not make
+# the update larger
 # than the grid. *1 point: what to serve.* The 4-bit base with the adapter beside it (two thin products a layer, the adapter file of some megabytes, no
 # merging), or a merge in 16 bits onto the *dequantized* base, which costs four times the bytes (section 4: bytes a parameter). At least one, with its cost in a
 # number. Half points for either part without a number.
 #
-# **A full answer.** The base lies on NF4's grid, and training moved each weight by very little, most of them by far less than half the way to the next level. Quantizing
+# **A full answer.** The base lies on NF4's grid, and training moved each weight by very little, most of them by far less than half the way to the next
+# level. Quantizing
 # again moves them back: in section 7 that rounding was about as large as the whole update (the ratio in the last column), and nearly all packed bytes were the old
 # ones (the share below it). So what he serves is almost the 4-bit model from before training. The file is fine: with the adapter beside the 4-bit
-# base the score is there. A higher rank allows more directions, not larger changes, and the grid stays as coarse. I would serve the 4-bit base, about 0.52 bytes a parameter, and the adapter
-# beside it, a few megabytes and two thin products in each layer. If that is too slow, merge into bf16, whose grid is finer (its line in section 7); but then it takes 2 bytes a
+# base the score is there. A higher rank allows more directions, not larger changes, and the grid stays as coarse. I would serve the 4-bit base, about
+# 0.52 bytes a parameter, and the adapter
+# beside it, a few megabytes and two thin products in each layer. If that is too slow, merge into bf16, whose grid is finer (its line in section 7); but
+# then it takes 2 bytes a
 # parameter, and the merge must start from the dequantized weights, for these are what the adapter was trained with.
 #
-# **An answer worth one point.** Quantizing again makes rounding errors, and these are as large as the LoRA update, so the training is lost. He should not merge, and keep the adapter
+# **An answer worth one point.** Quantizing again makes rounding errors, and these are as large as the LoRA update, so the training is lost. He should
+# not merge, and keep the adapter
 # separate.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A 4-bit layer that equals bitsandbytes' to the bit and keeps nothing but its codes, LoRA on it that equals peft's, an optimizer in eight bits, and the bytes of all of
-# it, measured from 135 million parameters to 65 billion. Unit 11 sets every method of the course side by side.
+# A 4-bit layer that equals bitsandbytes' to the bit and keeps nothing but its codes. LoRA on it that equals peft's. An optimizer in eight bits. And the
+# bytes of all of it, measured from 135 million parameters to 65 billion. Unit 11 sets every method of the course side by side.
 #
 # ## Sources
 #

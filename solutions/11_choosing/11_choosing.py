@@ -19,7 +19,7 @@
 #
 # **When you have finished, you can**
 #
-# 1. make an honest table out of many runs: what counts, what is missing, and which differences are none;
+# 1. make an honest table out of many runs: what counts, what is missing, and which differences are noise;
 # 2. say which methods fit on a given GPU, with which batch, from measured bytes;
 # 3. recommend a method with reasons that somebody else can check, and refuse with the nearest thing that is possible.
 #
@@ -194,9 +194,11 @@ from peftlab import gpu
 print(comparison.twin_table(comparison.twins(gpu.rows(), shipped)))
 
 # %% [markdown]
-# *What to see.* What is trained is the same to the number, and the scores are within two points. A GPU adds up in another order: with the biases the losses agree to four digits
-# all the same, with the soft prompt they do not. The peaks are two to six percent larger, for the reason in unit 08. QLoRA is another case: on that card it computed in
-# bf16, which takes away nearly half of its activations. The seconds cannot be compared: eleven notebooks ran at once there, and the shipped rows come from one thread of busy machines.
+# *What to see.* What is trained is the same to the number, and the scores are within two points. A GPU adds up in another order: with the biases the
+# losses agree to four digits
+# all the same, with the soft prompt they do not. The peaks are two to six percent larger; unit 08 has the reason. QLoRA is another case: on that card it computed in
+# bf16, which takes away nearly half of its activations. The seconds cannot be compared: eleven notebooks ran at once there, and the shipped rows come
+# from one thread of busy machines.
 
 # %% [markdown]
 # What happens to a damaged file? Here is a folder with a row of ours and a file that broke off in the middle:
@@ -548,7 +550,7 @@ def adapters(model: Llama, bottleneck: int = 16) -> None:
 
 
 # %% [markdown]
-# On the device `meta` a model has shapes and no numbers. Count what is trained, for the small model in the sizes of our rows, and for LLaMA-7B, there
+# On the device `meta` a model has shapes and no numbers. Count what is trained in the small model, in the sizes of our rows, and in LLaMA-7B, there
 # with rank 16; and hold the small model's counts against the rows.
 
 # %%
@@ -825,8 +827,8 @@ print(
 # ## 8. Speed, measured by turns
 #
 # The rows hold seconds, too, but of machines that had other work to do: no evidence. So measure here. One training step of the real SmolLM2-135M with each
-# method, one after the other, and again; what counts is the median over the turns of the *ratio* to full fine-tuning in the same turn. QLoRA's
-# base is bitsandbytes' here, for the layer of `peftlab.recipes` has the right bytes, but computes nothing. The second column is a forward
+# method, one after the other, and again; what counts is the median over the turns of the *ratio* to full fine-tuning in the same turn. QLoRA's base is
+# bitsandbytes' here, because the layer of `peftlab.recipes` has the right bytes but computes nothing. The second column is a forward
 # pass of a single token, as when text is generated, in turn with one of the plain model. Two minutes on two CPU cores.
 
 # %% tags=["experiment"]
@@ -902,7 +904,8 @@ for method in METHODS:
     )
 
 # %% [markdown]
-# *What to see.* A step of full fine-tuning does four things: forward; the gradient's way down; the products that make gradients of weights; and the optimizer's pass over all
+# *What to see.* A step of full fine-tuning does four things: forward; the gradient's way down; the products that make gradients of weights; and the
+# optimizer's pass over all
 # weights and moments. Freezing saves the last two. The products are a third of the arithmetic, in batches of any size. The optimizer's pass takes the same time
 # whatever the batch: with few tokens a step, as here, it weighs a lot, and with many it disappears. (Who trains large batches finds hardly any gain in speed,
 # and asks why: peft issue 960.) Where the gradient's way is short, as in layer freezing, there is more to save; and with 4-bit weights each
@@ -914,7 +917,8 @@ for method in METHODS:
 #
 # When does a number contradict an adjective? For the **share**, the overview gives numbers. An adjective only says *more* or *less*: "Low" memory is less than
 # "Moderate". So take every pair of methods that the words put in an order. The measurement **confirms** the order, if the difference is
-# larger than the noise, or finds **no difference**, or **contradicts** it. A cell's verdict is what most of its pairs say; where two say it equally often, the first of these three.
+# larger than the noise, or finds **no difference**, or **contradicts** it. A cell's verdict is what most of its pairs say; where two say it equally
+# often, the first of these three.
 #
 # Noise is 2% for bytes and 5% for seconds; for quality it is the larger of the two scores' noises, as in section 3.
 
@@ -1072,7 +1076,7 @@ GUIDE = [
 ]  # fmt: skip
 
 # %% [markdown]
-# What should the program say? Go through the scenarios below before you write it. The last entry is the method, or, for a refusal, what comes nearest.
+# What should the program say? Go through the scenarios below before you write it. The last entry is the method, or what comes nearest where the job is refused.
 
 # %%
 REFUSED = "refused; nearest: "
@@ -1286,7 +1290,8 @@ for situation, job, expected in SCENARIOS:
 
 # %% [markdown]
 # *What to see.* Where the two columns differ, adjectives would have misled you. (Two borders were drawn for the rounded
-# 7.1 GB, and may fall otherwise.) Look up the reason: every answer carries, for each method that is out, the rule and the figure. Here for two large wishes, with Llama-2-70B:
+# 7.1 GB, and may fall otherwise.) Look up the reason: every answer carries, for each method that is out, the rule and the figure. Here for two large
+# wishes, with Llama-2-70B:
 
 
 # %% tags=["experiment"]
@@ -1316,17 +1321,19 @@ for job in (Job(24 * GB, wish="full"), Job(USABLE * 80 * GB, latency=0.0)):
 # %% [markdown]
 # ## 11. Eight situations  ·  1 point, about 10 minutes
 #
-# Without the program this time, but with section 5's table. Which method would you take? One of `full`, `lora`, `qlora`, `adapters`, `prefix_tuning`, `prompt_tuning`, `bitfit`,
+# Without the program this time, but with section 5's table. Which method would you take? One of `full`, `lora`, `qlora`, `adapters`, `prefix_tuning`,
+# `prompt_tuning`, `bitfit`,
 # `layer_freezing`, or `none`. (In one of them, three answers are right.)
 #
 # - **A** LLaMA-13B, whose weights are 26 GB in 16 bits, on one card of 24 GB.
-# - **B** Forty customers, each with a task of their own, come in turn and are served from one copy of LLaMA-7B; 72 GB of a card can be used. Quality near full fine-tuning's.
+# - **B** Forty customers, each with a task of their own, come in turn and are served from one copy of LLaMA-7B; 72 GB of a card can be used. Quality
+#   near full fine-tuning's.
 # - **C** LLaMA-7B, one task, trained on 512 tokens with 18 GB that can be used. It will be deployed in 16 bits, and not a microsecond may be added to a forward pass.
 # - **D** A hosted model. Its API takes embeddings, and returns the output and the gradient of the embeddings.
 # - **E** A hosted model. Its API takes text and returns text.
 # - **F** A model of 135 million parameters is to learn a new language from billions of tokens. There is a card of 80 GB, and one task.
 # - **G** Ten thousand users of LLaMA-7B, whose weights are yours, each with a file of at most 200 kB.
-# - **H** Long documents; activations fill the memory, and time for checkpointing there is none. Some quality may be lost.
+# - **H** Long documents; activations fill the memory, and there is no time for checkpointing. Some quality may be lost.
 
 
 # %% nbgrader={"grade": false, "grade_id": "choose-for", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1411,24 +1418,33 @@ hidden.check("11_choosing", check_heaviest_batch, heaviest_batch)
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "memo", "locked": false, "points": 3, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: both proposals are refuted with figures.* Full fine-tuning: twelve copies of 26 GB cannot be served from one card, whatever is rented for training.
+# **Rubric.** *1 point: both proposals are refuted with figures.* Full fine-tuning: twelve copies of 26 GB cannot be served from one card, whatever is
+# rented for training.
 # Prompt tuning: its base is 26 GB in 16 bits like everybody's, and does not fit either; what is minimal is its file. *1 point: a recommendation that
-# follows.* A 4-bit base with twelve small adapters beside it, unmerged (QLoRA), because nothing else fits 24 GB; the batch from section 6; and the conflict is seen: what it
-# adds to a token's time in section 8 has to be held against the tenth allowed, so that the demand is given up, or a larger card bought for LoRA or adapters. *1 point: how sure.*
+# follows.* A 4-bit base with twelve small adapters beside it, unmerged (QLoRA), because nothing else fits 24 GB; the batch from section 6; and the
+# conflict is seen: what it
+# adds to a token's time in section 8 has to be held against the tenth allowed, so that the demand is given up, or a larger card bought for LoRA or
+# adapters. *1 point: how sure.*
 # Measured on which model, task, machine and number of seeds; bytes are exact, scores are of a small model and two other tasks, seconds of this computer. What would be
 # measured first (the clinic's own letters, a held-out set, a learning-rate sweep; latency on the card) and what would change the decision. Half
 # points where figures are missing or are not from the notebook's cells.
 #
-# **A full answer.** Neither. Twelve fully tuned models are 12 × 26 GB; our card serves none of them, so renting for training solves the wrong half. Prompt tuning trains
-# 82 thousand numbers, but in section 5 its peak on 7B was less than 5% below LoRA's: the frozen base is what costs, and 26 GB of it are more than the card has. I recommend QLoRA:
+# **A full answer.** Neither. Twelve fully tuned models are 12 × 26 GB; our card serves none of them, so renting for training solves the wrong half.
+# Prompt tuning trains
+# 82 thousand numbers, but in section 5 its peak on 7B was less than 5% below LoRA's: the frozen base is what costs, and 26 GB of it are more than the
+# card has. I recommend QLoRA:
 # section 6 found a batch that fits 13B on 24 GB, and twelve adapters of rank 16 add 12 × 0.13 GB. These bytes I trust: they were counted, up to
 # the tenth that we keep back. Quality I trust less: the rows are SmolLM2's, on film reviews and tool calls, three seeds; QLoRA against LoRA is a
-# difference I would want to see on letters, after a sweep of learning rates for both. Latency I trust least. My own measurement says that unpacking adds far more than a
-# tenth to a token, on a CPU. So before signing I would time one layer on the card itself. If a token is too slow there, the demands contradict each other, and the clinics
-# must choose: a larger card, on which LoRA in 16 bits runs unmerged and still adds something, or 7B instead of 13B, or patience. A style that differs little between clinics would
+# difference I would want to see on letters, after a sweep of learning rates for both. Latency I trust least. My own measurement says that unpacking
+# adds far more than a
+# tenth to a token, on a CPU. So before signing I would time one layer on the card itself. If a token is too slow there, the demands contradict each
+# other, and the clinics
+# must choose: a larger card, on which LoRA in 16 bits runs unmerged and still adds something, or 7B instead of 13B, or patience. A style that differs
+# little between clinics would
 # change my mind, too: then one merged adapter serves all.
 #
-# **An answer worth one and a half points.** Full fine-tuning of 13B needs more than 100 GB and twelve models are too many for one card. I would use QLoRA since it has the lowest peak in the
+# **An answer worth one and a half points.** Full fine-tuning of 13B needs more than 100 GB and twelve models are too many for one card. I would use
+# QLoRA since it has the lowest peak in the
 # table (7 GB for 7B, so about twice that), with one adapter for each clinic. Prompt tuning is not as good. I would check that the quality is good enough, because the
 # tasks here were other ones. If they had a bigger card I would use LoRA.
 # ### END SOLUTION
@@ -1436,7 +1452,8 @@ hidden.check("11_choosing", check_heaviest_batch, heaviest_batch)
 # %% [markdown]
 # ## What you have now
 #
-# A table in which every cell was measured, and says how sure it is; a front of what nothing beats; and a program that recommends, gives its reasons, and can say no. It was tested
+# A table in which every cell was measured, and says how sure it is; a front of what nothing beats; and a program that recommends, gives its reasons,
+# and can say no. It was tested
 # before it was written. Take it with you, and replace its evidence by your own.
 #
 # ## Sources
@@ -1447,4 +1464,5 @@ hidden.check("11_choosing", check_heaviest_batch, heaviest_batch)
 # - Lester et al. (2021), *The Power of Scale for Parameter-Efficient Prompt Tuning*, arXiv 2104.08691, figure 1.
 # - Biderman et al. (2024), *LoRA Learns Less and Forgets Less*, arXiv 2405.09673.
 # - [transformers issue 11388](https://github.com/huggingface/transformers/issues/11388), [13794](https://github.com/huggingface/transformers/issues/13794),
-#   [peft issue 960](https://github.com/huggingface/peft/issues/960), [2321](https://github.com/huggingface/peft/issues/2321), [qlora issue 107](https://github.com/artidoro/qlora/issues/107).
+#   [peft issue 960](https://github.com/huggingface/peft/issues/960), [2321](https://github.com/huggingface/peft/issues/2321), [qlora issue
+# 107](https://github.com/artidoro/qlora/issues/107).

@@ -130,6 +130,7 @@ class _TwoKernels:
             self._student.close()
         if left_behind:
             self._events.append("left processes running, which were killed")
+        self._events += self._student.left_behind[:1]
         return Execution(outputs, self._events, self._seconds, self._student.cpu_seconds, self._student.peak_bytes)
 
     @contextlib.contextmanager
@@ -144,19 +145,23 @@ class _TwoKernels:
         """Return the student's kernel, started (again) if need be, with all that has run so far run again."""
         if self._student.cpu_seconds > self._limits.total_cpu_seconds:
             raise StoppedError(f"the notebook has used up its {self._limits.total_cpu_seconds:g} s of processor time")
-        if time.monotonic() - self._began > self._limits.total_wall_seconds:
-            raise StoppedError(f"the notebook has used up its {self._limits.total_wall_seconds:g} s")
+        self._stop_if_too_long()
         if self._student.running:
             return self._student
         with self._timed("starting the kernel"):
             self._student.start()
         for source in list(self._ran):
+            self._stop_if_too_long()
             try:
                 self._student.execute(source)
             except StoppedError:  # it did not stop the process the first time; one more try without it
                 self._ran.remove(source)
                 return self._kernel()
         return self._student
+
+    def _stop_if_too_long(self) -> None:
+        if time.monotonic() - self._began > self._limits.total_wall_seconds:
+            raise StoppedError(f"the notebook has used up its {self._limits.total_wall_seconds:g} s")
 
     def _run(self, cell: NotebookNode) -> list[dict]:
         """Run a cell in the student's kernel."""

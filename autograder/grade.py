@@ -12,16 +12,18 @@ mark and gets a line in the report, and costs no one else anything.
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-import shutil
+import re
 import sys
+import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import dask
 import nbformat
@@ -30,7 +32,9 @@ from nbconvert.exporters.exporter import ResourcesDict
 from nbformat import NotebookNode
 from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.apps import NbGraderAPI
+from nbgrader.converters import Autograde
 from nbgrader.coursedir import CourseDirectory
+from nbgrader.utils import capture_log, temp_attrs
 from sqlalchemy.exc import SAWarning
 from tqdm import tqdm
 
@@ -44,11 +48,14 @@ from autograder.execute import (
     save_execution,
     unit_version,
 )
-from autograder.intake import Submission, UnusableError
+from autograder.intake import Submission, UnusableError, write_files
 from autograder.reference import units
-from autograder.sandbox import Limits, SandboxMissingError, require_sandbox
+from autograder.sandbox import Limits, SandboxMissingError, remove, require_sandbox
+from autograder.sanitize import answered, released_of
 
 MARKED, UNUSABLE, FAILED = "marked", "unusable", "failed"
+MARGIN_SECONDS = 900
+"""For starting kernels, and for what the checks themselves compute."""
 
 
 @dataclass
@@ -110,6 +117,16 @@ def grade(unit: str, settings: Settings) -> list[Record]:
     return done
 
 
+class _AutogradeOne(Autograde):
+    """nbgrader's `autograde` of one student, who may be called `[abc]`: a name is no pattern that folders are to match."""
+
+    def init_notebooks(self) -> None:
+        names = self.coursedir
+        folder = self._format_source(names.assignment_id, names.student_id)
+        self.assignments = {folder: [os.path.join(folder, f"{names.assignment_id}.ipynb")]}
+        self.notebooks = []
+
+
 class _Run:
     def __init__(self, unit: str, settings: Settings):
         self.unit, self.settings = unit, settings
@@ -126,28 +143,45 @@ class _Run:
                 gradebook.find_notebook(unit, unit)
             except MissingEntry:
                 raise LookupError(f"the gradebook does not know {unit}: run `make build UNIT={unit}` first") from None
+        self.released = released_of(self.db_url, unit, unit)
 
     def sort_out(self) -> tuple[dict[str, Record], dict[str, Submission]]:
         """Read every submission; return the records of those that are done with, and those that are to be graded."""
         records, open_ones = {}, {}
         for student, place in intake.students(self.settings.root / "submitted", self.unit):
             try:
-                submission = intake.read(place, self.unit)
+                problem = intake.name_problem(student)
+                if problem:
+                    records[student] = self._keep(Record(student, version=self.version, status=UNUSABLE, line=problem))
+                    continue
+                submission = intake.read(place, self.unit, self.answers)
+                known = self._known(student, submission)
+                if known is not None:
+                    records[student] = known
+                else:
+                    self.withdraw_marks(student)
+                    open_ones[student] = submission
             except UnusableError as error:
-                self.withdraw_marks(student)
-                records[student] = self._keep(Record(student, version=self.version, status=UNUSABLE, line=str(error)))
-                continue
-            known = self._load(student)
-            same = known is not None and (known.submission, known.version) == (submission.digest, self.version)
-            if same and known.status == MARKED and not self.settings.again:
-                records[student] = known
-                continue
-            if not same or self.settings.again:
-                self._record_path(student).unlink(missing_ok=True)
-                (self.executed / f"{student}.json").unlink(missing_ok=True)
-            self.withdraw_marks(student)
-            open_ones[student] = submission
+                records[student] = self._unusable(student, Submission(NotebookNode()), str(error))
+            except Exception as error:
+                line = f"it could not be read ({_described(error)})"
+                records[student] = self._failed(student, Submission(NotebookNode()), line)
         return records, open_ones
+
+    def answers(self, notebook: NotebookNode) -> int:
+        """Return how many of the unit's answers have been changed in a notebook."""
+        return answered(notebook.cells, self.released)
+
+    def _known(self, student: str, submission: Submission) -> Record | None:
+        """Return the record of a submission that was marked as it is now, or else forget what was kept of the student."""
+        known = self._load(student)
+        same = known is not None and (known.submission, known.version) == (submission.digest, self.version)
+        if same and known.status == MARKED and not self.settings.again:
+            return known
+        if not same or self.settings.again:
+            self._record_path(student).unlink(missing_ok=True)
+            (self.executed / f"{student}.json").unlink(missing_ok=True)
+        return None
 
     def execute_and_mark(self, client: Client, open_ones: dict[str, Submission]) -> Iterator[Record]:
         """Execute all that has not been executed, wherever there is a free worker, and mark each as it comes in."""
@@ -170,6 +204,10 @@ class _Run:
                     self.settings.sandboxed,
                     pure=False,
                 )
+            except UnusableError as error:
+                bar.update()
+                yield self._unusable(student, submission, str(error))
+                continue
             except Exception as error:
                 bar.update()
                 yield self._failed(student, submission, f"it could not be put into the released form ({_described(error)})")
@@ -180,11 +218,12 @@ class _Run:
             bar.update()
         for future in as_completed(running):
             student, key = running[future]
-            if future.status == "finished":
+            try:
                 save_execution(self.executed, student, key, future.result())
-                yield self._mark(student, open_ones[student])
+            except Exception as error:
+                yield self._failed(student, open_ones[student], f"executing it failed ({_described(error)})")
             else:
-                yield self._failed(student, open_ones[student], f"executing it failed ({_described(future.exception())})")
+                yield self._mark(student, open_ones[student])
             future.release()
             bar.update()
         bar.close()
@@ -209,18 +248,31 @@ class _Run:
                     mark.auto_score, mark.needs_manual_grade = None, True
             gradebook.db.commit()
 
+    def autograde(self, student: str) -> dict:
+        """Run nbgrader's `autograde` on what is staged of a student; return whether it succeeded, and its log."""
+        with temp_attrs(self.api.coursedir, assignment_id=self.unit, student_id=student):
+            step = _AutogradeOne(coursedir=self.api.coursedir, parent=self.api)
+            step.force = True
+            return capture_log(step)
+
     def _mark(self, student: str, submission: Submission) -> Record:
         """Have nbgrader mark an executed submission."""
+        try:
+            return self._marked(student, submission)
+        except (Exception, SystemExit) as error:  # nbgrader's programs end by the latter
+            return self._failed(student, submission, f"it could not be marked ({_described(error)})")
+
+    def _marked(self, student: str, submission: Submission) -> Record:
         start = time.monotonic()
         place = self.staged / student
-        shutil.rmtree(place, ignore_errors=True)
+        remove(place)
         try:
             submission.write(place / self.unit, self.unit)
-            outcome = self.api.autograde(self.unit, student)
+            outcome = self.autograde(student)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            remove(place)
         if not outcome["success"]:
-            return self._failed(student, submission, f"nbgrader could not mark it: {outcome['log'].strip().splitlines()[-1]}")
+            return self._failed(student, submission, f"nbgrader could not mark it: {_reason(outcome)}")
         execution = json.loads((self.executed / f"{student}.json").read_text())["execution"]
         marked = nbformat.read(self.settings.root / "autograded" / student / self.unit / f"{self.unit}.ipynb", as_version=4)
         return self._keep(
@@ -237,19 +289,38 @@ class _Run:
             )
         )
 
+    def _unusable(self, student: str, submission: Submission, line: str) -> Record:
+        return self._without_a_mark(Record(student, submission.digest, self.version, UNUSABLE, line, submission.notes))
+
     def _failed(self, student: str, submission: Submission, line: str) -> Record:
-        self.withdraw_marks(student)
-        return self._keep(Record(student, submission.digest, self.version, FAILED, line, submission.notes))
+        return self._without_a_mark(Record(student, submission.digest, self.version, FAILED, line, submission.notes))
+
+    def _without_a_mark(self, record: Record) -> Record:
+        """Keep the record of a submission that got no mark, and take an earlier mark back."""
+        try:
+            self.withdraw_marks(record.student)
+        except Exception as error:
+            record.line += f"; and an earlier mark could not be taken back ({_described(error)})"
+        return self._keep(record)
 
     def _record_path(self, student: str) -> Path:
+        if intake.name_problem(student):
+            student = f"{intake.printable(student, 20)} {hashlib.sha256(student.encode()).hexdigest()[:8]}"
         return self.folder / "records" / f"{student}.json"
 
     def _keep(self, record: Record) -> Record:
+        """Write a record down. If that fails it still stands in this run's report, and the next run grades once more."""
+        record.line = intake.printable(record.line)
+        record.notes = [intake.printable(note) for note in record.notes]
+        record.mistakes = {cell: intake.whole(text) for cell, text in record.mistakes.items()}
         path = self._record_path(record.student)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(record), indent=1))
-        part.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(asdict(record), indent=1))
+            part.replace(path)
+        except OSError as error:
+            record.notes.append(f"its record could not be kept ({_described(error)})")
         return record
 
     def _load(self, student: str) -> Record | None:
@@ -265,13 +336,49 @@ def _execute_there(
     """Execute a submission on a worker."""
     if unit_version(unit) != version:
         raise RuntimeError("this worker has another version of the project or of torch than the machine that grades")
-    with TemporaryDirectory(prefix="submission-") as folder:
-        for path, content in files.items():
-            (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
-            (Path(folder) / path).write_bytes(content)
-        return execute(
-            nbformat.reads(notebook, as_version=4), unit, submission=Path(folder), limits=limits, sandboxed=sandboxed
-        )
+    folder, events = Path(tempfile.mkdtemp(prefix="submission-")), []
+    try:
+        write_files(files, folder)
+        nodes = nbformat.reads(notebook, as_version=4)
+        seconds = limits.total_wall_seconds + limits.wall_seconds + MARGIN_SECONDS
+        execution = _within(seconds, lambda: execute(nodes, unit, submission=folder, limits=limits, sandboxed=sandboxed))
+    finally:
+        events += _swept(folder)
+    execution.events += events
+    return execution
+
+
+def _swept(folder: Path) -> list[str]:
+    """Remove a folder that a submission lay in; return what there is to say if that fails, which costs nobody a mark."""
+    try:
+        problem = remove(folder)
+    except Exception as error:
+        problem = _described(error)
+    return [f"its files could not be removed: {problem}"] if problem else []
+
+
+def _within(seconds: float, work: Callable[[], Execution]) -> Execution:
+    """Return what `work` returns, unless it takes longer: then it is left alone, for the others' sake.
+
+    Raises:
+        TimeoutError: if it does. Every cell has its own limit; this one is for what nobody has thought of.
+    """
+    done: list[Execution | BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:  # told to who waits
+            done.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not done:
+        raise TimeoutError(f"it did not end within {seconds:g} s")
+    if isinstance(done[0], BaseException):
+        raise done[0]
+    return done[0]
 
 
 def _failed_checks(notebook: NotebookNode) -> Iterator[tuple[str, str]]:
@@ -280,6 +387,13 @@ def _failed_checks(notebook: NotebookNode) -> Iterator[tuple[str, str]]:
         for output in cell.get("outputs", []):
             if marks.get("grade") and marks.get("locked") and output.output_type == "error":
                 yield marks["grade_id"], "\n".join(output.traceback[1:])
+
+
+def _reason(outcome: dict) -> str:
+    """Return the line of nbgrader's log that says why it stopped."""
+    lines = [line.strip() for line in outcome.get("log", "").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Warning|Interrupt)\b", line)]
+    return (errors or lines or ["it did not say why"])[-1]
 
 
 def _described(error: BaseException) -> str:
@@ -342,9 +456,19 @@ def main(arguments: list[str] | None = None) -> int:
         print("WARNING: student code runs WITHOUT a sandbox. It can read the solutions and change any mark.", file=sys.stderr)
     # nbgrader's own objects warn about their order of construction, once a submission: nothing that an instructor can mend.
     warnings.filterwarnings("ignore", category=SAWarning)
-    failed = 0
+    failed, submitted = 0, settings.root / "submitted"
+    strangers = intake.unknown(submitted, units())
+    if strangers:
+        print(
+            f"{submitted} holds {len(strangers)} entries in which no unit is, as STUDENT/UNIT/, STUDENT/UNIT.zip or "
+            f"STUDENT/UNIT.ipynb: {', '.join(strangers[:10])}{', ...' if len(strangers) > 10 else ''}",
+            file=sys.stderr,
+        )
     try:
-        for unit in options.units or _with_submissions(settings.root):
+        names = options.units or _with_submissions(settings.root)
+        if not names:
+            print(f"There are no submissions in {submitted}.")
+        for unit in names:
             records = grade(unit, settings)
             failed += sum(record.status == FAILED for record in records)
             print(report.summary(unit, records, settings.root))

@@ -1,26 +1,42 @@
 """What students hand in, as it comes: found, read with care, and never changed.
 
-A submission is `submitted/STUDENT/UNIT/`, with the unit's notebook in it under any name, or an archive of it. Nothing is
-followed out of that folder, nothing is executed, and whatever cannot be read becomes a sentence for the report.
+A submission is `submitted/STUDENT/UNIT/`, with the unit's notebook in it under any name, or an archive of it; or
+`submitted/STUDENT/UNIT.ipynb` or `.zip` at once. Nothing is followed out of that folder, only regular files are opened,
+nothing is executed, and what cannot be read becomes a sentence for the report.
 """
 
+import gzip
 import hashlib
 import io
 import json
+import os
+import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import nbformat
 from nbformat import NotebookNode
+from nbgrader.utils import parse_utc
 
 NOTEBOOK_BYTES = 500 * 2**20
+CELLS_BYTES = 50 * 2**20
+"""Of a notebook without its outputs."""
 FILES_BYTES = 20 * 2**20
+FILES = 2000
+FOLDERS_DEEP = 20
+NAME_BYTES = 200
+"""Of a file's, a folder's or a student's name: file systems take 255, and the grader puts endings behind it."""
+NOTEBOOKS = 20
+NESTED = 40
+"""Levels that lists and dicts of a notebook may be nested in each other; what lies deeper is dropped."""
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+OTHER_ARCHIVES = (".rar", ".7z", ".gz", ".bz2", ".xz")
 TIMESTAMP = "timestamp.txt"
+LISTED = 5
 
 
 class UnusableError(Exception):
@@ -33,7 +49,7 @@ class Submission:
 
     Attributes:
         notebook: without its outputs.
-        files: what else lay in the folder, by its path there.
+        files: what else lay in the folder, by its path as seen from the notebook.
         notes: sentences for the report.
         digest: of all of it.
     """
@@ -45,139 +61,368 @@ class Submission:
 
     def write(self, folder: Path, name: str) -> None:
         """Write it out as nbgrader expects it: `folder/name.ipynb`, and the files beside it."""
-        for path, content in self.files.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content)
         folder.mkdir(parents=True, exist_ok=True)
+        write_files(self.files, folder)
         (folder / f"{name}.ipynb").write_text(json.dumps(self.notebook), encoding="utf-8")
 
 
+def write_files(files: dict[str, bytes], folder: Path) -> None:
+    """Write files below a folder."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+
+
+def printable(text: str, characters: int = 500) -> str:
+    """Return a text that can be written anywhere: on one line, encodable, and not endless."""
+    line = " ".join(re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", whole(text)).split())
+    return line if len(line) <= characters else line[: characters - 1] + "…"
+
+
+def whole(text: str) -> str:
+    """Return the text with U+FFFD where only half of a surrogate pair stands, which cannot be encoded."""
+    if not re.search("[\ud800-\udfff]", text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def students(submitted: Path, unit: str) -> Iterator[tuple[str, Path]]:
-    """Yield each student's name and the folder or archive that was handed in for a unit, in order."""
-    for home in sorted(submitted.iterdir()) if submitted.is_dir() else []:
-        places = [home / unit, *(home / f"{unit}{suffix}" for suffix in ARCHIVES)]
-        place = next((place for place in places if place.is_symlink() or place.exists()), None)
-        if place is not None and not home.name.startswith("."):
-            yield home.name, place
+    """Yield each student's name and the folder, archive or notebook that was handed in for a unit, in order."""
+    for home in _homes(submitted):
+        place = _place(home, unit)
+        if place is not None:
+            yield whole(home.name), place
 
 
-def read(place: Path, unit: str) -> Submission:
+def unknown(submitted: Path, units: Iterable[str]) -> list[str]:
+    """Return what lies in `submitted/` and is nobody's: in it there is no unit under the name that is looked for."""
+    units = list(units)
+    return [printable(home.name, 100) for home in _homes(submitted) if not any(_place(home, unit) for unit in units)]
+
+
+def _homes(submitted: Path) -> list[Path]:
+    return [home for home in sorted(submitted.iterdir()) if not home.name.startswith(".")] if submitted.is_dir() else []
+
+
+def _place(home: Path, unit: str) -> Path | None:
+    places = [home / unit, *(home / f"{unit}{suffix}" for suffix in (*ARCHIVES, ".ipynb"))]
+    return next((place for place in places if _mode(place)), None)
+
+
+def name_problem(student: str) -> str | None:
+    """Return why nbgrader cannot take a student's name; None if it can."""
+    if student != student.strip() or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]", student):
+        why = "it begins or ends with a space, or holds a line break or what is no character"
+    elif len(student.encode()) > NAME_BYTES:
+        why = f"it is longer than {NAME_BYTES} bytes"
+    else:
+        return None
+    return f"the name of this student's folder cannot stand in nbgrader's gradebook: {why}; rename the folder"
+
+
+def read(place: Path, unit: str, answers: Callable[[NotebookNode], int] | None = None) -> Submission:
     """Read a submission.
+
+    Args:
+        answers: counts the answers in a notebook, to tell the one that is meant from others that were handed in with it.
 
     Raises:
         UnusableError: if there is no notebook in it that can be read.
     """
-    if place.is_symlink() or place.parent.is_symlink():
+    mode = _mode(place)
+    if stat.S_ISLNK(mode) or stat.S_ISLNK(_mode(place.parent)):
         raise UnusableError(f"{place.name} is a symbolic link, which is not followed")
     notes: list[str] = []
-    files = _read_folder(place, notes) if place.is_dir() else {place.name: _content(place)}
-    files = _unpacked(files, unit, notes)
-    name = _choose_notebook(files, unit, notes)
-    content = files.pop(name)
-    notebook = _parse(content, name)
-    others = {path: other for path, other in files.items() if not path.endswith(".ipynb")}
-    total = sum(map(len, others.values()))
-    if total > FILES_BYTES:
-        notes.append(f"{total / 2**20:.0f} MiB of other files were left out")
-        others = {path: other for path, other in others.items() if path == TIMESTAMP}
-    digest = hashlib.sha256(content)
+    files = _read_folder(place, notes) if stat.S_ISDIR(mode) else {place.name: _content(place)}
+    files = _unpacked(files, notes)
+    name, notebook = _choose_notebook(files, unit, notes, answers)
+    digest = hashlib.sha256(files[name])
+    others = {path: content for path, content in files.items() if not path.lower().endswith(".ipynb") and path != name}
+    others = _seen_from(PurePosixPath(name).parent, others)
+    _check_timestamp(others, notes)
+    others = _that_can_be_written(others, f"{unit}.ipynb", notes)
+    others = _small_enough(others, notes)
     for path, other in sorted(others.items()):
         digest.update(path.encode() + other)
     return Submission(notebook, others, notes, digest.hexdigest())
 
 
-def _content(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size > NOTEBOOK_BYTES:
-        raise UnusableError(f"{path.name} has {size / 2**20:.0f} MiB: more than {NOTEBOOK_BYTES // 2**20} are not read")
+def _mode(path: Path) -> int:
+    """Return what lstat says of a path; 0 if there is nothing that could be looked at."""
     try:
-        return path.read_bytes()
+        return path.lstat().st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def _content(path: Path) -> bytes:
+    """Return what a regular file holds. Anything else is not opened: a pipe would never end."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise UnusableError(f"{printable(path.name)} is no regular file: there is no notebook in it")
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise UnusableError(f"{printable(path.name)} is no regular file: there is no notebook in it")
+            if found.st_size > NOTEBOOK_BYTES:
+                size = f"{found.st_size / 2**20:.0f} MiB"
+                raise UnusableError(f"{printable(path.name)} has {size}: more than {NOTEBOOK_BYTES // 2**20} are not read")
+            return file.read(NOTEBOOK_BYTES + 1)
     except OSError as error:
-        raise UnusableError(f"{path.name} cannot be read ({error.strerror})") from error
+        raise UnusableError(f"{printable(path.name)} cannot be read as a notebook ({error.strerror})") from error
 
 
 def _read_folder(folder: Path, notes: list[str]) -> dict[str, bytes]:
-    """Return the regular files below a folder, by path; nothing else is opened, for a pipe would never end."""
-    files, read_bytes = {}, 0
-    for path in sorted(folder.rglob("*")):
-        mode, name = path.lstat().st_mode, path.relative_to(folder).as_posix()
-        if any(part.startswith(".ipynb_checkpoints") or part == "__MACOSX" for part in path.parts):
-            continue
+    """Return the regular files below a folder, by path."""
+    files, read_bytes, left_out = {}, 0, []
+    for path in _walk(folder, notes):
+        mode, name = _mode(path), path.relative_to(folder).as_posix()
         if stat.S_ISREG(mode):
-            if read_bytes + path.stat().st_size > NOTEBOOK_BYTES and not name.endswith(".ipynb"):
-                notes.append(f"{name} was left out: the submission is too large")
+            is_notebook = name.lower().endswith(".ipynb")
+            if (len(files) >= FILES or read_bytes + path.lstat().st_size > NOTEBOOK_BYTES) and not is_notebook:
+                left_out.append(name)
                 continue
-            files[name] = _content(path)
+            try:
+                files[name] = _content(path)
+            except UnusableError as error:
+                if is_notebook:
+                    raise
+                notes.append(f"{error}, and was left out")
+                continue
             read_bytes += len(files[name])
         elif not stat.S_ISDIR(mode):
-            notes.append(f"{name} is a {'symbolic link' if stat.S_ISLNK(mode) else 'special file'}, and was left out")
+            kind = "symbolic link" if stat.S_ISLNK(mode) else "special file"
+            notes.append(f"{printable(name, 100)} is a {kind}, and was left out")
+    if left_out:
+        notes.append(f"{_listed(left_out)} left out: the submission is too large")
     return files
 
 
-def _unpacked(files: dict[str, bytes], unit: str, notes: list[str]) -> dict[str, bytes]:
+def _walk(folder: Path, notes: list[str]) -> Iterator[Path]:
+    """Yield all paths below a folder, in order, without recursion and not endlessly deep."""
+    waiting, seen = [(folder, 0)], 0
+    while waiting:
+        here, depth = waiting.pop(0)
+        try:
+            inside = sorted(here.iterdir())
+        except OSError as error:
+            notes.append(f"the folder {printable(here.name, 100)} cannot be read ({error.strerror}), and was left out")
+            continue
+        for path in inside:
+            if path.name.startswith(".ipynb_checkpoints") or path.name == "__MACOSX":
+                continue
+            seen += 1
+            if seen > 10 * FILES:
+                notes.append(f"the submission has more than {10 * FILES:,} files; the rest was left out")
+                return
+            if stat.S_ISDIR(_mode(path)):
+                if depth < FOLDERS_DEEP:
+                    waiting.append((path, depth + 1))
+                else:
+                    notes.append(f"folders more than {FOLDERS_DEEP} deep were left out")
+            yield path
+
+
+def _unpacked(files: dict[str, bytes], notes: list[str], depth: int = 0) -> dict[str, bytes]:
     """Return the files with those of an archive, if the notebook can only be in there."""
     archives = [name for name in files if name.lower().endswith(ARCHIVES)]
-    if any(name.endswith(".ipynb") for name in files) or len(archives) != 1:
+    if any(name.lower().endswith(".ipynb") for name in files) or len(archives) != 1 or depth == 2:
         return files
     (name,) = archives
-    notes.append(f"the notebook was taken from {name}")
     try:
         inside = dict(_zip_members(files[name]) if name.lower().endswith(".zip") else _tar_members(files[name]))
-    except (zipfile.BadZipFile, tarfile.TarError, OSError, RuntimeError, EOFError, NotImplementedError) as error:
-        raise UnusableError(f"{name} cannot be unpacked ({error})") from error
-    return {path: content for path, content in files.items() if path != name} | inside
+    except UnusableError:
+        raise
+    except Exception as error:  # any bytes may stand there
+        raise UnusableError(f"{printable(name, 100)} cannot be unpacked ({printable(str(error), 200)})") from error
+    notes.append(f"the notebook was taken from {printable(name, 100)}")
+    outside = {path: content for path, content in files.items() if path != name}
+    return _unpacked(inside | outside, notes, depth + 1)
 
 
 def _zip_members(content: bytes) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
-        _refuse_bombs(sum(member.file_size for member in members))
+        _refuse_bombs(sum(member.file_size for member in members), len(members))
         for member in members:
-            if _plain(member.filename):
+            name = member.filename.replace("\\", "/")  # as some programs on Windows write it
+            if _plain(name):
                 with archive.open(member) as stream:
-                    yield member.filename, stream.read(member.file_size + 1)[: member.file_size]
+                    yield PurePosixPath(name).as_posix(), stream.read(member.file_size + 1)[: member.file_size]
 
 
 def _tar_members(content: bytes) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+    if content[:2] == b"\x1f\x8b":
+        with gzip.open(io.BytesIO(content)) as stream:
+            content = stream.read(2 * NOTEBOOK_BYTES)
+            _refuse_bombs(len(content) // 2 + len(stream.read(1)), 0)
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
         total = 0
-        for member in archive:
+        for number, member in enumerate(archive):
             total += member.size
-            _refuse_bombs(total)
-            if member.isfile() and _plain(member.name):
-                yield member.name.removeprefix("./"), archive.extractfile(member).read()
+            _refuse_bombs(total, number)
+            if member.isreg() and _plain(member.name):
+                yield PurePosixPath(member.name).as_posix(), archive.extractfile(member).read()
 
 
-def _refuse_bombs(size: int) -> None:
+def _refuse_bombs(size: int, members: int) -> None:
     if size > NOTEBOOK_BYTES:
         raise UnusableError(f"the archive holds {size / 2**20:.0f} MiB: more than {NOTEBOOK_BYTES // 2**20} are not read")
+    if members > 10 * FILES:
+        raise UnusableError(f"the archive holds more than {10 * FILES:,} files: no notebook is looked for among so many")
 
 
 def _plain(name: str) -> bool:
     """Whether a member's path stays below the folder, and is no system's rubbish."""
     path = PurePosixPath(name)
     hidden = any(part.startswith("._") or part in ("__MACOSX", ".ipynb_checkpoints") for part in path.parts)
-    return not path.is_absolute() and ".." not in path.parts and not hidden
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not hidden
 
 
-def _choose_notebook(files: dict[str, bytes], unit: str, notes: list[str]) -> str:
-    notebooks = [name for name in files if name.endswith(".ipynb")]
-    named = [name for name in notebooks if PurePosixPath(name).name == f"{unit}.ipynb"]
-    chosen = min(named or notebooks, key=lambda name: (name.count("/"), name), default=None)
-    if chosen is None:
-        raise UnusableError(f"there is no notebook in it; expected {unit}.ipynb")
-    if not named and len(notebooks) > 1:
-        raise UnusableError(f"there is no {unit}.ipynb in it, and which of these is meant is not clear: {', '.join(notebooks)}")
-    if chosen != f"{unit}.ipynb":
-        notes.append(f"the notebook was called {chosen}")
-    return chosen
+def _choose_notebook(
+    files: dict[str, bytes], unit: str, notes: list[str], answers: Callable[[NotebookNode], int] | None
+) -> tuple[str, NotebookNode]:
+    """Return the path and the content of the notebook that is meant.
+
+    Several may have been handed in: then the one with the most answers counts, and the unit's own name if that is a tie.
+    """
+    usual = [name for name in files if name.lower().endswith(".ipynb")]
+    unusual = [name for name in files if name not in usual and _may_be_a_notebook(name, files[name])]
+    read, unreadable = _readable(files, usual, unit)
+    if not read:
+        read, _ = _readable(files, unusual, unit)
+    if not read:
+        if unreadable:
+            raise next(iter(unreadable.values()))
+        raise UnusableError(f"there is no notebook in it; expected {unit}.ipynb, found {_what_is_there(files)}")
+    notes += [f"{error}; another notebook counts" for error in unreadable.values()]
+    count = {name: answers(notebook) if answers else 0 for name, notebook in read.items()}
+    named = [name for name in read if PurePosixPath(name).name == f"{unit}.ipynb"]
+    best = [name for name in named or read if answers is None or count[name] == max(count.values())]
+    best = best or [name for name in read if count[name] == max(count.values())]
+    chosen = best[0]
+    if chosen not in named and len({files[name] for name in best}) > 1:
+        raise UnusableError(f"there is no {unit}.ipynb in it, and which of these is meant is not clear: {_listed(best, '')}")
+    if len(read) > 1:
+        why = f", which has the most answers ({count[chosen]})" if answers else ""
+        notes.append(f"there are {len(read)} notebooks in it; what counts is {printable(chosen, 100)}{why}")
+    elif chosen != f"{unit}.ipynb":
+        notes.append(f"the notebook was called {printable(chosen, 100)}")
+    return chosen, read[chosen]
+
+
+def _may_be_a_notebook(name: str, content: bytes) -> bool:
+    """Whether a file without a notebook's ending may be one: some browsers and mail programs add an ending, or take it."""
+    likely = ".ipynb" in name.lower() or PurePosixPath(name).suffix.lower() in ("", ".txt", ".json")
+    return likely and PurePosixPath(name).name != TIMESTAMP and b'"cells"' in content and len(content) < NOTEBOOK_BYTES
+
+
+def _readable(
+    files: dict[str, bytes], names: Iterable[str], unit: str
+) -> tuple[dict[str, NotebookNode], dict[str, UnusableError]]:
+    """Return the notebooks among these files, the best known names first, and why the others are none."""
+    read, unreadable = {}, {}
+    order = sorted(names, key=lambda name: (PurePosixPath(name).name != f"{unit}.ipynb", name.count("/"), name))
+    for name in order[:NOTEBOOKS]:
+        try:
+            read[name] = _parse(files[name], printable(name, 100))
+        except UnusableError as error:
+            unreadable[name] = error
+    return read, unreadable
+
+
+def _what_is_there(files: dict[str, bytes]) -> str:
+    if not files:
+        return "nothing"
+    hint = ""
+    if any(name.lower().endswith(OTHER_ARCHIVES) for name in files):
+        hint = " (of archives, .zip, .tar and .tar.gz are unpacked)"
+    elif sum(name.lower().endswith(ARCHIVES) for name in files) > 1:
+        hint = " (of several archives none is unpacked)"
+    return _listed(sorted(files), "") + hint
+
+
+def _listed(names: list[str], verb: str = " was") -> str:
+    """Return the first few names, and how many more there are."""
+    shown = ", ".join(printable(name, 100) for name in names[:LISTED])
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    if verb and len(names) > 1:
+        verb = " were"
+    return f"{shown}{more}{verb}"
+
+
+def _seen_from(folder: PurePosixPath, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return the files by their paths as seen from the notebook's folder; what lies elsewhere keeps its path."""
+    beside, elsewhere = {}, {}
+    for path, content in files.items():
+        if PurePosixPath(path).is_relative_to(folder):
+            beside[PurePosixPath(path).relative_to(folder).as_posix()] = content
+        else:
+            elsewhere[path] = content
+    stamp = {TIMESTAMP: elsewhere[TIMESTAMP]} if TIMESTAMP in elsewhere else {}  # not the student's, but the exchange's
+    return elsewhere | beside | stamp
+
+
+def _check_timestamp(files: dict[str, bytes], notes: list[str]) -> None:
+    """Leave out a timestamp that says no time: nbgrader would stop at it."""
+    if TIMESTAMP not in files:
+        return
+    text = files.pop(TIMESTAMP)[:1000].decode("utf-8-sig", "replace").strip()
+    if not text:
+        return
+    try:
+        parse_utc(text)
+    except Exception:  # dateutil's parser can fail in several ways
+        notes.append(f'{TIMESTAMP} says "{printable(text, 40)}", which is no time, and was ignored')
+        return
+    files[TIMESTAMP] = text.encode()
+
+
+def _that_can_be_written(files: dict[str, bytes], notebook: str, notes: list[str]) -> dict[str, bytes]:
+    """Return the files whose names a file system takes, and that do not stand in each other's way or in the notebook's."""
+    kept, left_out = {}, []
+    taken, folders = {notebook}, set()
+    for path in sorted(files, key=lambda path: (path.count("/"), path)):
+        parts = PurePosixPath(path).parts
+        above = {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+        try:
+            sizes = [len(part.encode()) for part in parts]
+        except UnicodeEncodeError:
+            sizes = [NAME_BYTES + 1]
+        fits = max(sizes) <= NAME_BYTES and sum(sizes) <= 5 * NAME_BYTES and len(parts) <= FOLDERS_DEEP + 1
+        if not fits or "\0" in path or path in taken | folders or above & taken:
+            left_out.append(path)
+            continue
+        kept[path] = files[path]
+        taken.add(path)
+        folders |= above
+    if left_out:
+        notes.append(f"{_listed(left_out)} left out: such a name cannot stand beside the notebook")
+    return kept
+
+
+def _small_enough(files: dict[str, bytes], notes: list[str]) -> dict[str, bytes]:
+    """Leave out the largest files until the others are few and small enough."""
+    kept, left_out = dict(files), []
+    total = sum(map(len, files.values()))
+    for path in sorted(files, key=lambda path: (-len(files[path]), path)):
+        if total <= FILES_BYTES and len(kept) <= FILES:
+            break
+        if path != TIMESTAMP:
+            total -= len(kept.pop(path))
+            left_out.append(path)
+    if left_out:
+        size = sum(len(files[path]) for path in left_out) / 2**20
+        notes.append(f"{_listed(left_out)} left out ({size:.0f} MiB of other files)")
+    return kept
 
 
 def _parse(content: bytes, name: str) -> NotebookNode:
     if not content.strip():
         raise UnusableError(f"{name} is empty")
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = content.decode(encoding, "surrogatepass")
     except UnicodeDecodeError as error:
         raise UnusableError(f"{name} is not UTF-8 text (byte {error.start:,} is not)") from error
     try:
@@ -185,10 +430,67 @@ def _parse(content: bytes, name: str) -> NotebookNode:
     except (ValueError, RecursionError) as error:
         raise UnusableError(f"{name} is not JSON, so no notebook: was it cut off, or edited by hand? ({error})") from error
     try:
-        notebook = nbformat.convert(nbformat.from_dict(parsed), 4)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
+        notebook = _notebook(parsed)
     except Exception as error:  # any structure may stand there
         raise UnusableError(f"{name} is JSON, but no Jupyter notebook ({type(error).__name__})") from error
+    size = sum(len(str(cell)) for cell in notebook.cells)
+    if size > CELLS_BYTES:
+        raise UnusableError(f"the cells of the notebook {name} hold {size / 2**20:.0f} MiB: that much is not read")
     return notebook
+
+
+def _notebook(parsed: dict) -> NotebookNode:
+    """Return what stands in a notebook's JSON, without outputs and in the form that it should have."""
+    worksheets = parsed.get("worksheets")
+    cells = parsed["cells"] if worksheets is None else [cell for sheet in worksheets for cell in sheet["cells"]]
+    if not isinstance(cells, list):
+        raise TypeError("cells are a list")
+    metadata = bounded(parsed.get("metadata"))
+    form = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata if isinstance(metadata, dict) else {}}
+    return nbformat.from_dict(form | {"cells": [plain_cell(cell) for cell in cells if isinstance(cell, dict)]})
+
+
+def plain_cell(cell: dict) -> NotebookNode:
+    """Return a cell in the form that it should have, whatever stands in it: without outputs, its lines ended by `\\n`."""
+    kind = cell.get("cell_type")
+    heading = kind == "heading"  # in the oldest notebooks
+    kind = "markdown" if heading else kind if kind in ("code", "markdown", "raw") else "raw"
+    source = cell.get("source", cell.get("input"))
+    if not isinstance(source, str):
+        source = "".join(line for line in source if isinstance(line, str)) if isinstance(source, list) else ""
+    source = whole(source).replace("\r\n", "\n").replace("\r", "\n")
+    plain = {"cell_type": kind, "source": f"# {source}" if heading else source}
+    metadata = bounded(cell.get("metadata"))
+    plain["metadata"] = metadata = metadata if isinstance(metadata, dict) else {}
+    for key, kept in (("tags", list), ("nbgrader", dict)):
+        if key in metadata and not isinstance(metadata[key], kept):
+            del metadata[key]
+    if "tags" in metadata:
+        metadata["tags"] = [tag for tag in metadata["tags"] if isinstance(tag, str)]
+    if isinstance(cell.get("id"), str) and re.fullmatch("[a-zA-Z0-9_-]{1,64}", cell["id"]):
+        plain["id"] = cell["id"]
+    if kind == "code":
+        plain |= {"outputs": [], "execution_count": None}
+    elif isinstance(cell.get("attachments"), dict):
+        plain["attachments"] = _attachments(cell["attachments"])
+    return nbformat.from_dict(plain)
+
+
+def _attachments(given: dict) -> dict:
+    """Return pictures that were pasted: of each, its forms by MIME type, all of them text."""
+    return {
+        whole(name): {whole(mime): data for mime, data in forms.items() if isinstance(data, str) and data.isascii()}
+        for name, forms in given.items()
+        if isinstance(forms, dict)
+    }
+
+
+def bounded(value: object, depth: int = NESTED) -> object:
+    """Return a value from JSON with what is nested too deep left out, and all of its text encodable."""
+    if isinstance(value, str):
+        return whole(value)
+    if isinstance(value, dict):
+        return {whole(str(key)): bounded(item, depth - 1) for key, item in value.items()} if depth else None
+    if isinstance(value, list | tuple):
+        return [bounded(item, depth - 1) for item in value] if depth else None
+    return value if value is None or isinstance(value, bool | int | float) else whole(str(value))

@@ -28,6 +28,7 @@ STAND_IN = HERE / "inside"
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts")
 SUBMISSION, HOME = "/submission", "/student"
 NOBODY = "65534"
+REMOVING_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,23 @@ def _environment() -> dict[str, str]:
     }
 
 
+def remove(folder: Path) -> str | None:
+    """Remove a folder that student code may have written to; return why it could not be removed, or None.
+
+    `rm` goes down without recursion, however deep folders are nested, and has only so much time for it.
+    """
+    try:
+        for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            if not os.path.lexists(folder):
+                return None
+            subprocess.run([*command, "--", str(folder)], capture_output=True, timeout=REMOVING_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"it takes longer than {REMOVING_SECONDS} s"
+    except OSError:  # there is no `rm` on this system
+        shutil.rmtree(folder, ignore_errors=True)
+    return "something in it is protected" if os.path.lexists(folder) else None
+
+
 class StudentKernels(KernelSpecManager):
     """Knows one kernel, the submission's: plain IPython, in the sandbox or, if `enclose` is None, without one."""
 
@@ -160,7 +178,16 @@ class StudentKernels(KernelSpecManager):
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         """Return it, whatever name is asked for."""
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.hist_file=:memory:"]
+        # -P: a module that lies beside the notebook must not be taken for one that the kernel starts with.
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            "--HistoryManager.hist_file=:memory:",
+        ]
         return KernelSpec(
             argv=self._enclose(command) if self._enclose else command,
             display_name="Python 3 for a submission",

@@ -1259,7 +1259,7 @@ for checkpointing in (False, True):
 # So far on paper. Does a real card agree? These steps were taken on real cards: the layers of this unit's solution, rank 64, 512 tokens, checkpointing, AdamW,
 # with random codes, on which bytes do not depend.
 
-# %%
+# %% tags=["experiment"]
 for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B"):
     for card, found in gpu.proofs(name).items():
         here, on_paper_bytes = found["here"], found["simulated"]

@@ -20,6 +20,8 @@ Edits = Mapping[str, str]
 
 RAISED = "raised"
 PEAK_BYTES = "peak bytes"
+NOT_WRITTEN = r"NotImplementedError(?!:)"
+"""How the description of the error begins that a cell without an answer raises; PyTorch raises it, too, with a message."""
 COMPARED = 600
 """Characters by which two errors are compared: what comes from another process may have been cut behind them."""
 
@@ -115,7 +117,7 @@ class Exercise:
 
     def _difference(self, expected: Observation, observed: Observation, case: dict) -> str | None:
         if RAISED in observed and RAISED not in expected:
-            if re.match(r"NotImplementedError(?!:)", observed[RAISED]):  # PyTorch raises it, too, with a message
+            if re.match(NOT_WRITTEN, observed[RAISED]):
                 return "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."
             raised = " ".join(observed[RAISED].split()).rstrip(".")
             if raised.startswith("what came back"):

@@ -290,7 +290,8 @@ def unit_version(unit: str) -> str:
     files = [path for path in here.glob("*.py") if path.stem not in NO_PART_IN_MARKS]
     files += Path(peftlab.__file__).parent.rglob("*.py")
     files += (SOLUTIONS / unit).glob("*.py")
-    files += {Path(inspect.getfile(exercise.driver)) for exercise in exercises_of(unit)}
+    packages = {Path(inspect.getfile(exercise.driver)).parent for exercise in exercises_of(unit)}
+    files += [path for package in packages for path in package.glob("*.py")]
     digest = hashlib.sha256(f"{torch.__version__} {Limits()}".encode())
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())

@@ -6,7 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -52,7 +52,6 @@ class Exercise:
     tolerance: Callable[[dict], Mapping[str, float]] = lambda case: {}
     at_most: frozenset[str] = frozenset()
     measures_peak: Callable[[dict], bool] = lambda case: False
-    namespace: dict = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -204,8 +203,12 @@ class Exercise:
         return re.sub("|".join(map(re.escape, edits)), lambda found: edits[found[0]], source) if edits else source
 
     def build(self, edits: Edits | str) -> list[object]:
-        """Return the spec's functions or classes as they are after the edits."""
-        namespace = dict(vars(sys.modules[self.spec[0].__module__]))
+        """Return the spec's functions or classes as they are after the edits.
+
+        Edits may use the names of the spec's file and of the driver's, and `math`, `torch`, `nn` and `F`.
+        """
+        namespace = {"math": math, "torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+        namespace |= vars(sys.modules[self.driver.__module__]) | vars(sys.modules[self.spec[0].__module__])
         exec(compile(self.source(edits), "<an edited spec>", "exec"), namespace)
         return [namespace[part.__name__] for part in self.spec]
 

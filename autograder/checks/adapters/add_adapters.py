@@ -100,7 +100,6 @@ def drive_add_adapters(Adapted, add_adapters, layers, tied, weights, input_ids, 
 
 
 _ADDED_LOGITS = "the logits once the adapters have learned and the base's own v_proj has been changed"
-_ADDED_START = "the logits are those of the base at the start, to the bit"
 
 
 def read_add_adapters(observation: Observation, case: dict) -> Observation:
@@ -115,7 +114,7 @@ def read_add_adapters(observation: Observation, case: dict) -> Observation:
     read |= {
         "the list of adapters": observation["adapters"],
         "the logits at the start": observation["start"],
-        _ADDED_START: torch.equal(observation["before"], observation["start"]),
+        "the logits are those of the base at the start, to the bit": torch.equal(observation["before"], observation["start"]),
         "the list of what wrongly gets a gradient": sorted(gradients.keys() - learn),
         "the list of what wrongly gets no gradient": sorted(learn - gradients.keys()),
         "the list of what wrongly requires a gradient": sorted(trainable - learn),

@@ -162,7 +162,6 @@ def read_bank(observation: Observation, case: dict) -> Observation:
 
 _STACK = "h = adapter(h)"
 _BANKS = "banks = [module for module in model.modules() if isinstance(module, AdapterBank)]"
-_UNKNOWN = 'if name not in bank.adapters:\n                raise ValueError(f"there is no adapter {name!r}")'
 _ACTIVE = "bank.active = list(names)"
 _LEARNS = "len(names) > 0 and name == names[-1]"
 
@@ -220,7 +219,7 @@ check_adapter_bank = Exercise(
         },
         "only the first bank is switched: every bank of the model is": {_BANKS: _BANKS + "[:1]"},
         "a name that a bank does not have goes unnoticed: raise a ValueError": {
-            _UNKNOWN: "pass",
+            'if name not in bank.adapters:\n                raise ValueError(f"there is no adapter {name!r}")': "pass",
             "adapter = self.adapters[name]": "adapter = self.adapters[name] if name in self.adapters else nn.Identity()",
         },
         "only the last of the names is looked up: any of them may be missing": {

@@ -68,10 +68,6 @@ def drive_adapter(Adapter, down_weight, down_bias, up_weight, up_bias, h, output
     return seen | {"gradients": gradients | ({"h": leaf.grad} if leaf.grad is not None else {})}
 
 
-_STARTS_AS_IDENTITY = "a new adapter returns h itself, to the bit"
-_DOWN_STARTS = "how down.weight starts"
-
-
 def start_of_down(weight: Tensor) -> str:
     """Say how an adapter's down.weight starts, from one of hidden size 256 and bottleneck 64.
 
@@ -106,8 +102,8 @@ def read_adapter(observation: Observation, case: dict) -> Observation:
     if {"up.weight", "up.bias"} <= set(zero):
         read["what a new adapter returns"] = start
     read |= {
-        _STARTS_AS_IDENTITY: start.dtype == case["h"].dtype and torch.equal(start, case["h"]),
-        _DOWN_STARTS: start_of_down(observation["a larger down.weight"]),
+        "a new adapter returns h itself, to the bit": start.dtype == case["h"].dtype and torch.equal(start, case["h"]),
+        "how down.weight starts": start_of_down(observation["a larger down.weight"]),
         "two adapters start from the same down.weight": torch.equal(
             tensors["down.weight"], observation["another's down.weight"]
         ),

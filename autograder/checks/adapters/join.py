@@ -115,7 +115,7 @@ _ROWS = '[first["down.weight"], second["down.weight"]]'
 _OFFSETS = '[first["down.bias"], second["down.bias"]]'
 _COLUMNS = '[w1 * first["up.weight"], w2 * second["up.weight"]]'
 _UP_BIAS = 'w1 * first["up.bias"] + w2 * second["up.bias"]'
-_W = "w1, w2 = weights"
+_WEIGHTS_UNPACKED = "w1, w2 = weights"
 _RETURN_JOINED = """return {
         "down.weight": torch.cat(rows, dim=0),
         "down.bias": torch.cat(offsets, dim=0),
@@ -142,16 +142,16 @@ check_join = Exercise(
             _COLUMNS: '[first["up.weight"], second["up.weight"]]',
         },
         "the weights are shared out as roots between down and up: that works for a product, not around GELU": {
-            _W: f"{_W}\n    r1, r2 = abs(w1) ** 0.5, abs(w2) ** 0.5",
+            _WEIGHTS_UNPACKED: f"{_WEIGHTS_UNPACKED}\n    r1, r2 = abs(w1) ** 0.5, abs(w2) ** 0.5",
             _ROWS: '[r1 * first["down.weight"], r2 * second["down.weight"]]',
             _OFFSETS: '[r1 * first["down.bias"], r2 * second["down.bias"]]',
             _COLUMNS: '[r1 * first["up.weight"], (r2 if w2 > 0 else -r2) * second["up.weight"]]',
         },
-        "the weights are left out": {_W: "w1 = w2 = 1.0"},
+        "the weights are left out": {_WEIGHTS_UNPACKED: "w1 = w2 = 1.0"},
         "the weights are divided by their sum: use them as they are": {
-            _W: f"{_W}\n    w1, w2 = w1 / (w1 + w2), w2 / (w1 + w2)"
+            _WEIGHTS_UNPACKED: f"{_WEIGHTS_UNPACKED}\n    w1, w2 = w1 / (w1 + w2), w2 / (w1 + w2)"
         },
-        "the weights have changed places": {_W: "w2, w1 = weights"},
+        "the weights have changed places": {_WEIGHTS_UNPACKED: "w2, w1 = weights"},
         "up.bias is not weighted: it is a part of the change": {_UP_BIAS: 'first["up.bias"] + second["up.bias"]'},
         "up.bias was put side by side: it has `hidden` numbers, and is added": {
             _UP_BIAS: 'torch.cat([w1 * first["up.bias"], w2 * second["up.bias"]])'

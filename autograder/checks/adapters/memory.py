@@ -49,8 +49,6 @@ def read_adapter_memory(observation: Observation, case: dict) -> Observation:
     }
 
 
-_KEEP = "self.down = nn.Linear(hidden, bottleneck)"
-
 check_adapter_memory = Exercise(
     spec=[Adapter],
     cases=lambda generator: [adapter_memory_case(generator)],
@@ -98,6 +96,9 @@ check_adapter_memory = Exercise(
         },
         "the last change is kept as an attribute: it stays in memory until the next one": {
             SUM: "self.change = change.detach()\n        return h + change"
+        },
+        "a copy of down.weight is kept beside it: the layer's own is enough": {
+            START_UP_BIAS: START_UP_BIAS + "\n        self.start = self.down.weight.detach().clone()",
         },
         "a part of the adapter is frozen: all four parameters are trained": {
             START_DOWN: START_DOWN + "\n        self.down.bias.requires_grad_(False)",

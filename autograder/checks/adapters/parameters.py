@@ -92,7 +92,6 @@ def drive_parameters(adapter_parameters, largest_bottleneck, sizes, bottleneck, 
 _DOWN_COUNT = "config.hidden_size * bottleneck + bottleneck"
 _UP_COUNT = "bottleneck * config.hidden_size + config.hidden_size"
 _FITS = "adapter_parameters(config, bottleneck + 1, places) <= budget"
-_TOO_SMALL = 'if bottleneck == 0:\n        raise ValueError(f"{budget} parameters are not enough")'
 _SEARCH = f"while {_FITS}:\n        bottleneck += 1"
 _TURNED = "d, adapters = config.hidden_size, config.num_hidden_layers * len(places)\n    bottleneck = "
 
@@ -143,7 +142,9 @@ check_adapter_parameters = Exercise(
             _FITS: _FITS + " * config.num_hidden_layers",
         },
         "largest_bottleneck ignores `places`": {_FITS: "adapter_parameters(config, bottleneck + 1) <= budget"},
-        "a budget too small for a bottleneck of 1 goes unnoticed: raise a ValueError": {_TOO_SMALL: "pass"},
+        "a budget too small for a bottleneck of 1 goes unnoticed: raise a ValueError": {
+            'if bottleneck == 0:\n        raise ValueError(f"{budget} parameters are not enough")': "pass"
+        },
         "the bottleneck is a float: use // where you divide": {
             _SEARCH: (
                 "fixed = config.num_hidden_layers * len(places) * config.hidden_size\n    bottleneck = float((budget - fixed) "

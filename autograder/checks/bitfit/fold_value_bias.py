@@ -105,8 +105,6 @@ def fold_tolerance(case: dict) -> dict[str, float]:
     return {"o_proj.bias after folding": bias, "o_proj.bias after folding twice": bias, "the output after folding": output}
 
 
-_SHARED = "shared = head // group"
-_FROM_VALUES = "from_values = attention.v_proj.bias[shared * head_dim : (shared + 1) * head_dim]"
 _ADD_BIAS = "attention.o_proj.bias += attention.o_proj.weight[:, features] @ from_values"
 _CLEAR = "attention.v_proj.bias.zero_()"
 _EACH_HEAD = "for head in range(heads):"
@@ -119,10 +117,12 @@ check_fold_value_bias = Exercise(
     tolerance=fold_tolerance,
     mistakes={
         "the heads are in the wrong order: neighbouring query heads share a value head, as in a a a b b b, not a b a b a b": {
-            _SHARED: "shared = head % (heads // group)",
+            "shared = head // group": "shared = head % (heads // group)",
         },
         "single features are repeated, not whole heads: a head's bias is a block of head_dim numbers": {
-            _FROM_VALUES: "from_values = attention.v_proj.bias.repeat_interleave(group)[features]",
+            "from_values = attention.v_proj.bias[shared * head_dim : (shared + 1) * head_dim]": (
+                "from_values = attention.v_proj.bias.repeat_interleave(group)[features]"
+            ),
         },
         "each value head counts only once: every query head of its group passes its bias on": {
             _EACH_HEAD: "for head in range(0, heads, group):",

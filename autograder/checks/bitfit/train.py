@@ -102,8 +102,6 @@ def read_train(observation: Observation, case: dict) -> Observation:
 
 
 _IS_BIAS = 'parameter.requires_grad = own_name == "bias"'
-_NO_BIAS = 'if biases == 0:\n        raise ValueError("there is no bias to train")'
-_IS_NORM = "isinstance(module, RMSNorm)"
 _IS_GAIN = "weight.requires_grad = any(weight is gain for gain in gains)"
 _EACH_WEIGHT = "for weight in model.parameters():"
 
@@ -161,7 +159,9 @@ check_train = Exercise(
         "the biases of attention alone are trained: train every bias": {
             _IS_BIAS: 'parameter.requires_grad = own_name == "bias" and "mlp" not in name',
         },
-        "a model without a single bias goes unnoticed: raise a ValueError, or a run would train nothing": {_NO_BIAS: "pass"},
+        "a model without a single bias goes unnoticed: raise a ValueError, or a run would train nothing": {
+            'if biases == 0:\n        raise ValueError("there is no bias to train")': "pass"
+        },
         "train_norm_gains trains whatever has `norm` in its name: `norm_proj` is a linear layer": {
             _EACH_WEIGHT: "for name, weight in model.named_parameters():",
             _IS_GAIN: 'weight.requires_grad = "norm" in name',
@@ -183,6 +183,9 @@ check_train = Exercise(
         "train_norm_gains trains every parameter that is called `weight`: only those of an RMSNorm": {
             _EACH_WEIGHT: "for name, weight in model.named_parameters():",
             _IS_GAIN: 'weight.requires_grad = name.endswith("weight")',
+        },
+        "train_norm_gains trains every module that is no nn.Linear, and so the embedding: only an RMSNorm has a gain": {
+            "isinstance(module, RMSNorm)": "hasattr(module, 'weight') and not isinstance(module, nn.Linear)",
         },
         "train_norm_gains trains every parameter with one axis, and so the biases too: only those of an RMSNorm": {
             _IS_GAIN: "weight.requires_grad = weight.ndim == 1",

@@ -112,7 +112,6 @@ def drive_rules(broken_rules, pairs):
 
 _ADDED = "0.0 if option.mergeable and job.tasks == 1 else option.latency"
 _SERVING = "serving = option.base_bytes + job.tasks * option.task_bytes"
-_QUALITY = "if job.quality > 0 and (option.quality is None or option.quality + option.spread < job.quality):"
 
 check_broken_rules = Exercise(
     spec=[broken_rules],
@@ -154,7 +153,9 @@ check_broken_rules = Exercise(
             "option.quality + option.spread < job.quality": "option.quality - option.spread < job.quality"
         },
         "an unmeasured quality passes a demand: what has not been measured cannot be promised": {
-            _QUALITY: "if option.quality is not None and option.quality + option.spread < job.quality:"
+            "if job.quality > 0 and (option.quality is None or option.quality + option.spread < job.quality):": (
+                "if option.quality is not None and option.quality + option.spread < job.quality:"
+            ),
         },
         "an unmeasured quality is refused though nothing is demanded": {
             "if job.quality > 0 and (": "if (job.quality >= 0) and ("

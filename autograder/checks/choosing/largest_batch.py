@@ -71,7 +71,6 @@ def drive_largest(largest_batch, situations):
     return seen
 
 
-_BEGIN = "if peak(1) > usable:\n        return 0\n"
 _SEARCH = "while too_large - fits > 1:"
 _ANSWER = "    return fits\n"
 
@@ -86,7 +85,7 @@ check_largest_batch = Exercise(
             "if peak(1) > usable:": "if peak(1) >= usable:",
         },
         "a batch of 1 is returned where not even one sequence fits: that is 0": {
-            _BEGIN: "pass\n",
+            "if peak(1) > usable:\n        return 0\n": "pass\n",
             "fits, too_large = 1, 2": "fits, too_large = 1, 2",
         },
         "a line is drawn through the peaks of 1 and 2 sequences: a step's peak is the largest of several stages, and no line": {

@@ -81,8 +81,6 @@ def drive_pareto(pareto_front, names, points, costs_only):
 
 
 _CLEARLY = "clearly = max(noise, other_noise)"
-_ORDER = "key=lambda point: (point[1], -point[2])"
-_MEASURED = "if not (math.isnan(point[0]) or math.isnan(point[1]))"
 
 check_pareto_front = Exercise(
     spec=[pareto_front],
@@ -109,6 +107,9 @@ check_pareto_front = Exercise(
                 "        if not beaten:\n            front.append((name, cost, score, noise))\n"
                 "    return [point[0] for point in front] + [name for name, p in points.items() if math.isnan(p[0] + p[1])]"
             )
+        },
+        "the best scores are looked at first, and what costs less comes too late to beat them: sort by cost": {
+            "key=lambda point: (point[1], -point[2])": "key=lambda point: (-point[2], point[1])",
         },
         "low scores win: score is to be high, cost to be low": {
             "measured = [(name, *point)": "measured = [(name, point[0], -point[1], point[2])",
@@ -156,6 +157,8 @@ check_pareto_front = Exercise(
                 return front
         """,
         "as a set": {"return [point[0] for point in front]": "return {point[0] for point in front}"},
-        "NaN by arithmetic": {_MEASURED: "if point[0] + point[1] == point[0] + point[1]"},
+        "NaN by arithmetic": {
+            "if not (math.isnan(point[0]) or math.isnan(point[1]))": "if point[0] + point[1] == point[0] + point[1]"
+        },
     },
 )

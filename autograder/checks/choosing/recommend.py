@@ -165,8 +165,6 @@ def drive_recommend(recommend, options, jobs):
 
 
 _AS_GOOD = "best.quality - option.quality <= max(best.spread, option.spread)"
-_DEMANDS = '(("wish", None), ("latency", math.inf), ("quality", 0.0))'
-_NEEDS = "max(option.peak_bytes, option.base_bytes + job.tasks * option.task_bytes)"
 
 check_recommend = Exercise(
     spec=[recommend],
@@ -214,7 +212,7 @@ check_recommend = Exercise(
             'return Refusal(rejected, nearest, (*given_up, "memory"), sizes[nearest])': "return Refusal(rejected, None)",
         },
         "demands are given up in another order: first the wish, then latency, then quality": {
-            _DEMANDS: '(("quality", 0.0), ("latency", math.inf), ("wish", None))'
+            '(("wish", None), ("latency", math.inf), ("quality", 0.0))': '(("quality", 0.0), ("latency", math.inf), ("wish", None))'
         },
         "each demand is given up alone and then taken back: they go one after the other, and stay away": {
             "relaxed = replace(relaxed, **{demand: nothing})": "relaxed = replace(job, **{demand: nothing})"
@@ -236,7 +234,7 @@ check_recommend = Exercise(
             )
         },
         "serving is forgotten in the memory that it takes: what is trained has to be served, too": {
-            _NEEDS: "option.peak_bytes"
+            "max(option.peak_bytes, option.base_bytes + job.tasks * option.task_bytes)": "option.peak_bytes"
         },
         "where nothing fits, the best method is named: name the one that takes the least memory": {
             "nearest = min(sizes, key=sizes.get)": (

@@ -103,7 +103,6 @@ def read_freezing(observation: Observation, case: dict) -> Observation:
 
 
 _REFUSE_LAST = 'if count < 0 or count > total:\n        raise ValueError(f"there are {total} layers, not {count}")\n    '
-_REFUSE_FIRST = 'if not 0 <= count <= depth:\n        raise ValueError(f"there are {depth} layers, not {count}")\n    '
 
 check_train_last = Exercise(
     spec=[train_last, train_first],

@@ -111,7 +111,6 @@ def read_inject(observation: Observation, case: dict) -> Observation:
 _FREEZE = "model.requires_grad_(False)"
 _MATCH = "own_name in target_modules and isinstance(module, nn.Linear)"
 _SETATTR = "setattr(model.get_submodule(parent_name), own_name, make_layer(module))"
-_REFUSE = 'if not wrapped:\n        raise ValueError(f"no nn.Linear is named {target_modules}")'
 
 check_inject = Exercise(
     spec=[inject],
@@ -165,7 +164,9 @@ check_inject = Exercise(
             _FREEZE: _FREEZE + "\n    shared = None",
             _SETATTR: "shared = shared or make_layer(module)\n            " + _SETATTR.replace("make_layer(module)", "shared"),
         },
-        "targets that match nothing go unnoticed: raise a ValueError, or a typo would train nothing": {_REFUSE: "pass"},
+        "targets that match nothing go unnoticed: raise a ValueError, or a typo would train nothing": {
+            'if not wrapped:\n        raise ValueError(f"no nn.Linear is named {target_modules}")': "pass"
+        },
         "the list of names is not returned": {"return wrapped": "return None"},
     },
     variants={

@@ -84,7 +84,6 @@ def read_start(observation: Observation, case: dict) -> Observation:
 
 
 _INIT_A = "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))"
-_INIT_B = "torch.zeros(base.out_features, rank, **like_base)"
 
 check_lora_start = Exercise(
     spec=[LoRALinear],
@@ -160,6 +159,6 @@ check_lora_start = Exercise(
         "a loop over the base's parameters": {
             "self.base.requires_grad_(False)": "for p in base.parameters(): p.requires_grad = False",
         },
-        "new_zeros": {_INIT_B: "base.weight.new_zeros(base.out_features, rank)"},
+        "new_zeros": {"torch.zeros(base.out_features, rank, **like_base)": "base.weight.new_zeros(base.out_features, rank)"},
     },
 )

@@ -126,14 +126,9 @@ def attention_tolerance(case: dict) -> dict[str, float]:
     return allowed
 
 
-_PREFIX_PAIR = "prefix_keys, prefix_values = self.prefix(self.layer)"
-_TOKENS_OF_PREFIX = "tokens = prefix_keys.shape[1]"
-_IF_NO_MASK = f"if mask is None:\n            {CAUSAL}"
-_WHOLE_MASK = f"{_IF_NO_MASK}\n        {TO_PREFIX}\n        {CAT_MASK}"
+_WHOLE_MASK = f"if mask is None:\n            {CAUSAL}\n        {TO_PREFIX}\n        {CAT_MASK}"
 _ROTATE_KEYS = "        keys = rotate(keys, cos, sin)\n"
 _ROTATE_QUERIES = "        queries = rotate(queries, cos, sin)\n"
-_HEADS = "shape = (batch, seq, -1, self.attention.head_dim)"
-_MERGE_HEADS = "mixed.transpose(1, 2).reshape(batch, seq, -1)"
 
 check_prefix_attention = Exercise(
     spec=[PrefixAttention],
@@ -172,7 +167,7 @@ check_prefix_attention = Exercise(
             _ROTATE_QUERIES: "",
         },
         "heads and tokens are mixed up: view the projections' outputs as (batch, seq, heads, head_dim), then transpose": {
-            _HEADS: "shape = (batch, -1, seq, self.attention.head_dim)",
+            "shape = (batch, seq, -1, self.attention.head_dim)": "shape = (batch, -1, seq, self.attention.head_dim)",
             "queries = self.attention.q_proj(x).view(shape).transpose(1, 2)": "queries = self.attention.q_proj(x).view(shape)",
             "keys = self.attention.k_proj(x).view(shape).transpose(1, 2)": "keys = self.attention.k_proj(x).view(shape)",
             "values = self.attention.v_proj(x).view(shape).transpose(1, 2)": "values = self.attention.v_proj(x).view(shape)",
@@ -202,6 +197,9 @@ check_prefix_attention = Exercise(
             ),
             SDPA: SDPA.replace("attn_mask=mask", "attn_mask=mask, is_causal=mask is None"),
         },
+        "the prefix's tokens are counted along the wrong axis: its keys are (kv_heads, tokens, head_dim)": {
+            "tokens = prefix_keys.shape[1]": "tokens = prefix_keys.shape[0]",
+        },
         "the mask is not extended to the prefix's keys: it needs as many columns as there are keys": {
             TO_PREFIX: "pass",
             CAT_MASK: "pass",
@@ -216,7 +214,7 @@ check_prefix_attention = Exercise(
             CAT_VALUES: "values = torch.cat([prefix_values, values], dim=2)",
         },
         "keys and values of the prefix have changed places: `self.prefix(self.layer)` returns keys first": {
-            _PREFIX_PAIR: "prefix_values, prefix_keys = self.prefix(self.layer)",
+            "prefix_keys, prefix_values = self.prefix(self.layer)": "prefix_values, prefix_keys = self.prefix(self.layer)",
         },
         "every layer gets the first layer's prefix: ask for `self.layer`": {"self.prefix(self.layer)": "self.prefix(0)"},
         "the prefix gets no gradient: it is detached, or computed without gradients": {

@@ -100,8 +100,6 @@ def read_from_tokens(observation: Observation, case: dict) -> Observation:
 
 _TURN = "key = key * cos[token] + torch.cat([-second, first]) * sin[token]"
 _NEXT = "x = layer(x, cos, sin, None)"
-_VIEW_KEYS = "k_proj(seen)[0].view(tokens, kv_heads, head_dim)"
-_VIEW_VALUES = "v_proj(seen)[0].view(tokens, kv_heads, head_dim)"
 _MIXED_UP = "[0].view(kv_heads, tokens, head_dim).transpose(0, 1)"
 _RETURN_PREFIX = "return Prefix(all_keys, all_values)"
 
@@ -142,8 +140,8 @@ check_prefix_from_tokens = Exercise(
         },
         "keys and values have changed places": {_RETURN_PREFIX: "return Prefix(all_values, all_keys)"},
         "heads and tokens are mixed up: a projection's output is (tokens, kv_heads * head_dim), so view it so, then transpose": {
-            _VIEW_KEYS: "k_proj(seen)" + _MIXED_UP,
-            _VIEW_VALUES: "v_proj(seen)" + _MIXED_UP,
+            "k_proj(seen)[0].view(tokens, kv_heads, head_dim)": "k_proj(seen)" + _MIXED_UP,
+            "v_proj(seen)[0].view(tokens, kv_heads, head_dim)": "v_proj(seen)" + _MIXED_UP,
         },
         "tokens and heads are in the wrong order: the shape is (layers, kv_heads, tokens, head_dim)": {
             _RETURN_PREFIX: "return Prefix(all_keys.transpose(1, 2).contiguous(), all_values.transpose(1, 2).contiguous())",

@@ -7,7 +7,6 @@ import torch
 from autograder.cases import between, normal, total_bytes
 from autograder.checks.prefix_tuning.elsewhere import ELSEWHERE, on_meta
 from autograder.checks.prefix_tuning.prefix_attention import (
-    ADDITIVE,
     CAST,
     CAT_KEYS,
     CAT_MASK,
@@ -213,7 +212,10 @@ check_prefix_memory = Exercise(
         "with type_as": {
             CAST: "prefix_keys, prefix_values = prefix_keys.type_as(x), prefix_values.type_as(x)",
         },
-        "an additive mask": {SDPA: f"{ADDITIVE}\n        " + SDPA.replace("attn_mask=mask", "attn_mask=bias")},
+        "an additive mask": {
+            SDPA: "bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, float('-inf'))\n        "
+            + SDPA.replace("attn_mask=mask", "attn_mask=bias")
+        },
         "the prefix repeated, not expanded": {
             CAT_KEYS: "keys = torch.cat([prefix_keys[None].repeat(batch, 1, 1, 1), keys], dim=-2)",
             CAT_VALUES: "values = torch.cat([torch.stack([prefix_values] * batch), values], dim=-2)",

@@ -45,4 +45,3 @@ CAUSAL = "mask = torch.ones(1, 1, seq, seq, dtype=torch.bool, device=x.device).t
 TO_PREFIX = "to_prefix = mask.new_ones(mask.shape[0], 1, seq, tokens)"
 CAT_MASK = "mask = torch.cat([to_prefix, mask], dim=3)"
 SDPA = "mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)"
-ADDITIVE = "bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, float('-inf'))"

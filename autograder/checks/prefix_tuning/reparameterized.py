@@ -160,7 +160,6 @@ def read_reparameterized(observation: Observation, case: dict) -> Observation:
 
 _MADE = "made = self.up(torch.tanh(self.down(self.embedding)))"
 _UP = "self.up = nn.Linear(mlp_width, layers * 2 * kv_heads * head_dim)"
-_EMBEDDING = "self.embedding = nn.Parameter(torch.randn(tokens, width))"
 _KEYS_OF = "keys = made[:, start : start + size].reshape(self.tokens, self.kv_heads, self.head_dim)"
 _VALUES_OF = "values = made[:, start + size : start + 2 * size].reshape(self.tokens, self.kv_heads, self.head_dim)"
 _FOLDED = "return Prefix(torch.stack(keys), torch.stack(values))"
@@ -226,7 +225,7 @@ check_reparameterized = Exercise(
             _UP: _UP + "\n        nn.init.normal_(self.up.weight, std=0.02)\n        nn.init.zeros_(self.up.bias)",
         },
         "the embedding is no parameter: it would not be trained": {
-            _EMBEDDING: "self.embedding = torch.randn(tokens, width)",
+            "self.embedding = nn.Parameter(torch.randn(tokens, width))": "self.embedding = torch.randn(tokens, width)",
         },
         "what the MLP makes is detached: nothing in it gets a gradient": {_MADE: _MADE + ".detach()"},
         "fold keeps the MLP: what it returns holds keys and values and nothing else": {

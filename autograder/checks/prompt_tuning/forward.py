@@ -102,7 +102,6 @@ def model_tolerance(case: dict) -> dict[str, float]:
     }
 
 
-_POSITIONS = "[sum(masks[-1][: place + 1]) - 1 for place in range(length + len(own))]"
 _MASK_AND_POSITIONS = "torch.tensor(masks), torch.tensor(positions)"
 
 check_prompted_forward = Exercise(
@@ -144,7 +143,9 @@ check_prompted_forward = Exercise(
             _MASK_AND_POSITIONS: "torch.tensor(masks)"
         },
         "the text's positions begin at 0, as the prompt's do: they must go on where the prompt's end": {
-            _POSITIONS: "list(range(length)) + [sum(own[:place]) for place in range(len(own))]",
+            "[sum(masks[-1][: place + 1]) - 1 for place in range(length + len(own))]": (
+                "list(range(length)) + [sum(own[:place]) for place in range(len(own))]"
+            ),
             "hidden = self.base.decode(torch.stack(sequences))\n": (
                 "hidden = self.base.decode(torch.stack(sequences), None, torch.tensor(positions))\n"
             ),

@@ -70,7 +70,6 @@ def loss_tolerance(case: dict) -> dict[str, float]:
 
 
 _COUNTED = "if label != IGNORE:"
-_LENGTH = "length = logits.shape[1] - labels.shape[1]"
 _PLACE = "length + place - 1"
 _LOGITS = "logits[row, predicted_by].float()"
 _MEAN = "torch.stack(losses).mean()"

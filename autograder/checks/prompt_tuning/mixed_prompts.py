@@ -131,25 +131,6 @@ _ROW_MASK = "[0] * len(missing) + [1] * len(prompt) + own"
 _MASK_BEHIND = "[1] * len(prompt) + [0] * len(missing) + own"
 _ROW_POSITIONS = "[sum(masks[-1][: place + 1]) - 1 for place in range(longest + len(own))]"
 _MIXED_CUT = "hidden[:, longest:]"
-_MIXED_BATCH = """
-class MixedPrompts(nn.Module):
-    def __init__(self, base, prompts):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.soft_prompts = nn.ParameterList([nn.Parameter(prompt.clone()) for prompt in prompts])
-
-    def forward(self, input_ids, task_ids, attention_mask=None):
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        longest = max(len(prompt) for prompt in self.soft_prompts)
-        padded = [nn.functional.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in self.soft_prompts]
-        used = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in self.soft_prompts]
-        mask = torch.cat([torch.tensor(used)[task_ids], attention_mask], 1)
-        text = self.base.embed_tokens(input_ids)
-        x = torch.cat([torch.stack(padded).to(text.dtype)[task_ids], text], 1)
-        positions = mask.cumsum(1) - 1
-        return self.base.decode(x, mask, positions)[:, longest:]
-"""
 
 check_mixed_prompts = Exercise(
     spec=[MixedPrompts],
@@ -269,7 +250,25 @@ check_mixed_prompts = Exercise(
         """,
     },
     variants={
-        "the batch at once, padded on the left": _MIXED_BATCH,
+        "the batch at once, padded on the left": """
+            class MixedPrompts(nn.Module):
+                def __init__(self, base, prompts):
+                    super().__init__()
+                    self.base = base.requires_grad_(False)
+                    self.soft_prompts = nn.ParameterList([nn.Parameter(prompt.clone()) for prompt in prompts])
+
+                def forward(self, input_ids, task_ids, attention_mask=None):
+                    if attention_mask is None:
+                        attention_mask = torch.ones_like(input_ids)
+                    longest = max(len(prompt) for prompt in self.soft_prompts)
+                    padded = [nn.functional.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in self.soft_prompts]
+                    used = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in self.soft_prompts]
+                    mask = torch.cat([torch.tensor(used)[task_ids], attention_mask], 1)
+                    text = self.base.embed_tokens(input_ids)
+                    x = torch.cat([torch.stack(padded).to(text.dtype)[task_ids], text], 1)
+                    positions = mask.cumsum(1) - 1
+                    return self.base.decode(x, mask, positions)[:, longest:]
+        """,
         "the batch at once, padded on the right": """
             class MixedPrompts(nn.Module):
                 def __init__(self, base, prompts):

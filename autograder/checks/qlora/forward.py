@@ -7,7 +7,7 @@ from autograder.checks.qlora.cases import nf4_case
 from autograder.checks.qlora.nf4_linear import (
     ABSMAX_BUFFER,
     APPLIED,
-    CTX,
+    KEEP_LAYER,
     PRODUCT_BACKWARD,
     PRODUCT_FORWARD,
     SIZES,
@@ -140,21 +140,8 @@ def nf4_tolerance(case: dict) -> dict[str, float]:
     }
 
 
-_BACK_TO_X = "return product.to(x.dtype)"
 _UNDONE = "values * scale + self.offset"
 _LOOKED_UP = "dynamic_code(device=absmax.device)[absmax.long()]"
-_KEEP = "self._buffers[name] = buffer.to(self._buffers[name].device)"
-_NF4_PRODUCT = """
-            class NF4Product(torch.autograd.Function):
-                @staticmethod
-                def forward(ctx, x, layer):
-                    ctx.layer = layer
-                    return x @ layer.dequantized().T
-
-                @staticmethod
-                def backward(ctx, gradient):
-                    return gradient @ ctx.layer.dequantized(), None
-        """
 
 check_nf4_linear = Exercise(
     spec=[NF4Product, NF4Linear],
@@ -185,7 +172,7 @@ check_nf4_linear = Exercise(
         "the codes are made trainable: a weight that requires a gradient came back from somewhere, and nothing in this layer learns": {
             SIZES: SIZES + "\n        self.scale = nn.Parameter(torch.ones((), device=packed.device))",
         },
-        "the output is in the compute dtype: give it back in the dtype of x": {_BACK_TO_X: "return product"},
+        "the output is in the compute dtype: give it back in the dtype of x": {"return product.to(x.dtype)": "return product"},
         "the bias was added in its own dtype, or in that of x: cast it to the compute dtype, and add it to the product": {
             "self.bias.to(self.compute_dtype)": "self.bias",
         },
@@ -233,7 +220,7 @@ check_nf4_linear = Exercise(
             ),
         },
         "`layer.to(torch.bfloat16)` has rounded absmax or the levels: whatever the model is cast to, these stay fp32": {
-            _KEEP: "pass",
+            "self._buffers[name] = buffer.to(self._buffers[name].device)": "pass",
         },
         "a tensor does not move with the layer: what is not a parameter must be a buffer": {
             'self.register_buffer("packed", packed)': 'self.register_buffer("packed", packed)\n        self.held = levels',
@@ -262,8 +249,17 @@ check_nf4_linear = Exercise(
             PRODUCT_BACKWARD: "torch.nn.functional.linear(gradient, weight.T)",
             "if self.bias is not None:": "if False:",
         },
-        "buffers for what there is, the dynamic code among them": _NF4_PRODUCT
-        + """
+        "buffers for what there is, the dynamic code among them": """
+            class NF4Product(torch.autograd.Function):
+                @staticmethod
+                def forward(ctx, x, layer):
+                    ctx.layer = layer
+                    return x @ layer.dequantized().T
+
+                @staticmethod
+                def backward(ctx, gradient):
+                    return gradient @ ctx.layer.dequantized(), None
+
             class NF4Linear(nn.Module):
                 def __init__(self, packed, statistics, levels, shape, compute_dtype, bias=None):
                     super().__init__()
@@ -309,7 +305,7 @@ check_nf4_linear = Exercise(
         },
         "casts inside the function, a fused multiply-add": {
             APPLIED: "NF4Product.apply(x, self)",
-            CTX: "ctx.layer, ctx.given, x = layer, x.dtype, x.to(layer.compute_dtype)",
+            KEEP_LAYER: "ctx.layer, ctx.given, x = layer, x.dtype, x.to(layer.compute_dtype)",
             "weight = ctx.layer.dequantized()": (
                 "weight = ctx.layer.dequantized()\n        gradient = gradient.to(weight.dtype)"
             ),

@@ -7,7 +7,7 @@ from autograder.checks.qlora.cases import nf4_case, random_bytes
 from autograder.checks.qlora.nf4_linear import (
     ABSMAX_BUFFER,
     APPLIED,
-    CTX,
+    KEEP_LAYER,
     PRODUCT_BACKWARD,
     PRODUCT_FORWARD,
     SIZES,
@@ -105,8 +105,6 @@ def nf4_memory_tolerance(case: dict) -> dict[str, float]:
     return {_KEPT: 1024 + 256, _ALIVE: 64, _STEP_PEAK: weights * getattr(torch, case["compute"]).itemsize // 4}
 
 
-_SAVE_NOTHING = f"{CTX}\n        return {PRODUCT_FORWARD}"
-
 check_nf4_memory = Exercise(
     spec=[NF4Product, NF4Linear],
     cases=lambda generator: [nf4_memory_case(generator), nf4_memory_case(generator, "bfloat16", double=False)],
@@ -121,12 +119,12 @@ check_nf4_memory = Exercise(
             "ctx.layer.dequantized()": "ctx.layer.weight",
         },
         "the weight that forward dequantized is kept until backward, by you or by autograd: dequantize it again instead": {
-            CTX: "ctx.weight = layer.dequantized()",
+            KEEP_LAYER: "ctx.weight = layer.dequantized()",
             PRODUCT_FORWARD: 'torch.einsum("...i,oi->...o", x, ctx.weight)',
             "weight = ctx.layer.dequantized()": "weight = ctx.weight",
         },
         "x is kept for backward: its gradient does not depend on it, only a weight's gradient would": {
-            CTX: "ctx.layer = layer\n        ctx.save_for_backward(x)",
+            KEEP_LAYER: "ctx.layer = layer\n        ctx.save_for_backward(x)",
         },
         "absmax is dequantized once and kept: that gives back what double quantization had saved": {
             ABSMAX_BUFFER: (
@@ -145,7 +143,7 @@ check_nf4_memory = Exercise(
             'self.register_buffer("packed", packed)': 'self.register_buffer("packed", packed.int())',
         },
         "the packed bytes are copied for backward: keep the layer, not a copy of what it holds": {
-            CTX: "ctx.layer, ctx.packed = layer, layer.packed.clone()",
+            KEEP_LAYER: "ctx.layer, ctx.packed = layer, layer.packed.clone()",
         },
         "two dequantized weights are there at the same time: multiply by a view of the one, `.T` copies nothing": {
             "weight = ctx.layer.dequantized()": "weight = ctx.layer.dequantized()\n        weight = weight.T.contiguous().T",
@@ -172,7 +170,7 @@ check_nf4_memory = Exercise(
             PRODUCT_BACKWARD: "gradient @ weight",
         },
         "the layer's own tensors saved for backward": {
-            CTX: "ctx.layer = layer\n        ctx.save_for_backward(layer.packed, layer.absmax, layer.levels)",
+            KEEP_LAYER: "ctx.layer = layer\n        ctx.save_for_backward(layer.packed, layer.absmax, layer.levels)",
         },
         "the dynamic code as a buffer": {
             SIZES: f'{SIZES}\n        self.register_buffer("code", dynamic_code(device=packed.device), persistent=False)',

@@ -153,7 +153,6 @@ def qlora_tolerance(case: dict) -> dict[str, float]:
 _FREEZE = "model.requires_grad_(False)"
 _IS_LINEAR = "if isinstance(module, nn.Linear):"
 _NEW_LAYER = "QLoRALinear(quantize(linear), rank, alpha, dtype)"
-_APPEND = 'names.append(f"model.layers.{number}.{name}")'
 
 check_qlora = Exercise(
     spec=[qlora],

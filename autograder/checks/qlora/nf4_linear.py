@@ -58,7 +58,7 @@ class NF4Linear(nn.Module):
 
 
 APPLIED = "NF4Product.apply(x.to(self.compute_dtype), self)"
-CTX = "ctx.layer = layer"
+KEEP_LAYER = "ctx.layer = layer"
 PRODUCT_FORWARD = 'torch.einsum("...i,oi->...o", x, layer.dequantized())'
 PRODUCT_BACKWARD = 'torch.einsum("...o,oi->...i", gradient, weight)'
 ABSMAX_BUFFER = 'self.register_buffer("absmax", statistics[0])'

@@ -77,7 +77,6 @@ def _stands_for(codes: object, absmax: object, signed: bool) -> object:
 
 
 _STATE_BYTES = "bytes of optimizer state a parameter"
-_NOT_FINITE = "the list of parameters with NaN or infinite numbers, by size"
 
 
 def _after(case: dict) -> str:
@@ -110,7 +109,9 @@ def read_adamw(observation: Observation, case: dict) -> Observation:
                 value = _stands_for(value, state.get(f"{name}_absmax"), signed)
             read[f"{name} of a parameter of {size:,} values, {_after(case)}"] = value
     trained = {torch.Size(shape).numel(): parameter for shape, parameter in zip(case["shapes"], observation["parameters"])}
-    read[_NOT_FINITE] = [size for size, parameter in trained.items() if not parameter.isfinite().all()]
+    read["the list of parameters with NaN or infinite numbers, by size"] = [
+        size for size, parameter in trained.items() if not parameter.isfinite().all()
+    ]
     for size, parameter in trained.items():
         read[f"a parameter of {size:,} values, {_after(case)}"] = parameter
     read["a parameter of 7 values, after 2 steps with the default settings"] = observation["by default"]
@@ -151,34 +152,11 @@ def adamw_tolerance(case: dict) -> dict[str, float]:
 
 
 _SMALL = "small = parameter.numel() < 4096"
-_FIRST = "first = beta1 * first + (1 - beta1) * gradient"
 _SECOND = "second = beta2 * second + (1 - beta2) * gradient**2"
 _SPREAD = '(second / (1 - beta2 ** state["step"])).sqrt() + group["eps"]'
 _CORRECTED = 'first / (1 - beta1 ** state["step"])'
 _DECAYED = 'parameter.float() * (1 - group["lr"] * group["weight_decay"])'
 _MOVED = 'parameter.copy_(decayed - group["lr"] * corrected / spread)'
-_SMALL_READ = 'first, second = state["exp_avg"], state["exp_avg_sq"]'
-_SMALL_STORED = 'state["exp_avg"], state["exp_avg_sq"] = first, second'
-_FIRST_STORED = 'state["exp_avg"], state["exp_avg_absmax"] = to_8bit(first, True)'
-_SECOND_STORED = 'state["exp_avg_sq"], state["exp_avg_sq_absmax"] = to_8bit(second, False)'
-_SECOND_READ = 'from_8bit(state["exp_avg_sq"], state["exp_avg_sq_absmax"], False)'
-_HELPERS_CODES = """    blocks = x.flatten().float().split(256)
-    absmax = torch.stack([block.abs().max() for block in blocks])
-    codes = [nearest_code(block / largest, signed) for block, largest in zip(blocks, absmax)]
-    return torch.cat(codes).view(x.shape), absmax
-"""
-_HELPERS = """
-            def to_8bit(x, signed):
-                count = x.numel()
-                blocks = torch.nn.functional.pad(x.flatten().float(), (0, -count % 256)).view(-1, 256)
-                absmax = blocks.abs().amax(1)
-                codes = nearest_code(blocks * (1 / absmax)[:, None], signed)
-                return codes.flatten()[:count].clone().view(x.shape), absmax
-
-            def from_8bit(codes, absmax, signed):
-                scale = absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
-                return dynamic_code(signed, codes.device)[codes.int()] * scale
-        """
 
 check_adamw_8bit = Exercise(
     spec=[to_8bit, from_8bit, AdamW8bit],
@@ -209,8 +187,12 @@ check_adamw_8bit = Exercise(
             _DECAYED: _DECAYED.replace("parameter.float()", "parameter"),
         },
         "small tensors' moments are kept in the parameter's dtype: they stay in fp32": {
-            _SMALL_STORED: 'state["exp_avg"], state["exp_avg_sq"] = first.to(parameter.dtype), second.to(parameter.dtype)',
-            _SMALL_READ: 'first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()',
+            'state["exp_avg"], state["exp_avg_sq"] = first, second': (
+                'state["exp_avg"], state["exp_avg_sq"] = first.to(parameter.dtype), second.to(parameter.dtype)'
+            ),
+            'first, second = state["exp_avg"], state["exp_avg_sq"]': (
+                'first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()'
+            ),
         },
         "the parameter is rounded twice, after weight decay and after the step: compute both in fp32, and round once": {
             _DECAYED: 'parameter.mul_(1 - group["lr"] * group["weight_decay"]).float()',
@@ -218,6 +200,11 @@ check_adamw_8bit = Exercise(
         "the second moment is stored in the signed type: it is never negative, and half of the codes stay idle": {
             "to_8bit(second, False)": "to_8bit(second, True)",
             'state["exp_avg_sq_absmax"], False)': 'state["exp_avg_sq_absmax"], True)',
+        },
+        "the second moment is stored in the unsigned type and read in the signed one: both take the same": {
+            'from_8bit(state["exp_avg_sq"], state["exp_avg_sq_absmax"], False)': (
+                'from_8bit(state["exp_avg_sq"], state["exp_avg_sq_absmax"], True)'
+            ),
         },
         "`signed` is not used": {
             "nearest_code(block / largest, signed)": "nearest_code(block / largest)",
@@ -288,12 +275,29 @@ check_adamw_8bit = Exercise(
             "elif small:": "elif True:\n                    first, second = torch.zeros_like(gradient), torch.zeros_like(gradient)\n                elif small:",
         },
         "absmax is kept from the first step: it changes with the moments": {
-            _FIRST_STORED: 'state["exp_avg"], now = to_8bit(first, True)\n                    state.setdefault("exp_avg_absmax", now)',
+            'state["exp_avg"], state["exp_avg_absmax"] = to_8bit(first, True)': (
+                'state["exp_avg"], now = to_8bit(first, True)\n                    state.setdefault("exp_avg_absmax", now)'
+            ),
+        },
+        "the second moment's absmax is kept from the first step: it changes with the moment": {
+            'state["exp_avg_sq"], state["exp_avg_sq_absmax"] = to_8bit(second, False)': (
+                'state["exp_avg_sq"], now = to_8bit(second, False)\n                    state.setdefault("exp_avg_sq_absmax", now)'
+            ),
         },
     },
     variants={
-        "in place, bias correction in the step size": _HELPERS
-        + """
+        "in place, bias correction in the step size": """
+            def to_8bit(x, signed):
+                count = x.numel()
+                blocks = torch.nn.functional.pad(x.flatten().float(), (0, -count % 256)).view(-1, 256)
+                absmax = blocks.abs().amax(1)
+                codes = nearest_code(blocks * (1 / absmax)[:, None], signed)
+                return codes.flatten()[:count].clone().view(x.shape), absmax
+
+            def from_8bit(codes, absmax, signed):
+                scale = absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
+                return dynamic_code(signed, codes.device)[codes.int()] * scale
+
             class AdamW8bit(torch.optim.Optimizer):
                 def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
                     super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -335,11 +339,16 @@ check_adamw_8bit = Exercise(
             'state["step"] += 1': 'state["step"] = state["step"] + 1',
         },
         "lerp": {
-            _FIRST: "first = torch.lerp(first, gradient, 1 - beta1)",
+            "first = beta1 * first + (1 - beta1) * gradient": "first = torch.lerp(first, gradient, 1 - beta1)",
             _SECOND: "second = torch.lerp(second, gradient.square(), 1 - beta2)",
         },
         "codes cut off from padded blocks without a copy, as in the hint": {
-            _HELPERS_CODES: (
+            (
+                "    blocks = x.flatten().float().split(256)\n"
+                "    absmax = torch.stack([block.abs().max() for block in blocks])\n"
+                "    codes = [nearest_code(block / largest, signed) for block, largest in zip(blocks, absmax)]\n"
+                "    return torch.cat(codes).view(x.shape), absmax\n"
+            ): (
                 "    flat = torch.nn.functional.pad(x.flatten().float(), (0, -x.numel() % 256)).view(-1, 256)\n"
                 "    absmax = flat.abs().amax(1)\n"
                 "    return nearest_code(flat / absmax[:, None], signed).flatten()[: x.numel()].view(x.shape), absmax\n"

@@ -119,7 +119,6 @@ def double_tolerance(case: dict) -> dict[str, float]:
 _CENTRED = "centred = absmax - offset"
 _NESTED = "block * largest for block, largest in zip(values.split(256), nested_absmax)"
 _NEAREST = "nearest_code(block * (1 / largest))"
-_VALUES_8 = "dynamic_code()[codes.long()]"
 
 check_double_quantize = Exercise(
     spec=[double_quantize, undo_double],
@@ -195,7 +194,7 @@ check_double_quantize = Exercise(
             _NESTED: _NESTED.replace("block * largest", "block * nested_absmax[0]")
         },
         "undo_double takes the codes for evenly spaced numbers: they are indices of `dynamic_code()`": {
-            _VALUES_8: "codes.float() / 127.5 - 1",
+            "dynamic_code()[codes.long()]": "codes.float() / 127.5 - 1",
         },
     },
     variants={

@@ -44,7 +44,6 @@ def drive_energy_rank(energy_rank, singular_values, shares):
     return seen
 
 
-_ENERGY = "sigma**2 for sigma"
 _RANK = "return rank"
 
 check_energy_rank = Exercise(
@@ -52,7 +51,7 @@ check_energy_rank = Exercise(
     cases=lambda generator: [energy_case(generator), exact_case(generator)],
     driver=drive_energy_rank,
     mistakes={
-        "the singular values are summed: energy is the sum of their squares": {_ENERGY: "sigma for sigma"},
+        "the singular values are summed: energy is the sum of their squares": {"sigma**2 for sigma": "sigma for sigma"},
         "the rank is one too small: an index counts from 0, a rank from 1": {_RANK: "return rank - 1"},
         "the rank is one too large": {_RANK: "return rank + 1"},
         "a rank that holds the share exactly is passed over: *at least* this share is enough": {"held < goal": "held <= goal"},

@@ -52,8 +52,8 @@ def gradient_tolerance(case: dict) -> dict[str, float]:
     }
 
 
-_DB = 'torch.einsum("oi,ri->or", gradient, A)'
-_DA = 'torch.einsum("or,oi->ri", B, gradient)'
+_GRADIENT_OF_B = 'torch.einsum("oi,ri->or", gradient, A)'
+_GRADIENT_OF_A = 'torch.einsum("or,oi->ri", B, gradient)'
 _RETURN_GRADIENTS = "return dB, dA"
 
 check_factor_gradients = Exercise(
@@ -62,11 +62,11 @@ check_factor_gradients = Exercise(
     driver=drive_factor_gradients,
     tolerance=gradient_tolerance,
     mistakes={
-        "A is not transposed in the gradient of B: the shapes have to give (out, rank)": {_DB: "gradient @ A"},
-        "B is not transposed in the gradient of A: the shapes have to give (rank, in)": {_DA: "B @ gradient"},
+        "A is not transposed in the gradient of B: the shapes have to give (out, rank)": {_GRADIENT_OF_B: "gradient @ A"},
+        "B is not transposed in the gradient of A: the shapes have to give (rank, in)": {_GRADIENT_OF_A: "B @ gradient"},
         "the gradient of the product is transposed: it has the shape of B @ A, and comes first in the one, last in the other": {
-            _DB: "gradient.T @ A.T",
-            _DA: "B.T @ gradient.T",
+            _GRADIENT_OF_B: "gradient.T @ A.T",
+            _GRADIENT_OF_A: "B.T @ gradient.T",
         },
         "the two gradients have changed places: B's is returned first": {_RETURN_GRADIENTS: "return dA, dB"},
         "both gradients are transposed: each has the shape of its factor": {_RETURN_GRADIENTS: "return dB.T, dA.T"},
@@ -75,21 +75,25 @@ check_factor_gradients = Exercise(
             _RETURN_GRADIENTS: "return dB / 2, dA / 2"
         },
         "the gradients are divided by the rank": {_RETURN_GRADIENTS: "return dB / A.shape[0], dA / A.shape[0]"},
-        "the gradient of A uses the gradient of B where it should use B": {_DA: 'torch.einsum("or,oi->ri", dB, gradient)'},
-        "the gradient of A uses B after a step: both gradients belong to the same point": {_DA: "(B - dB).T @ gradient"},
-        "the product B A stands where its gradient should": {_DB: "(B @ A) @ A.T", _DA: "B.T @ (B @ A)"},
-        "the gradient of B does not depend on A here: its factor is missing": {_DB: "gradient[:, : A.shape[0]]"},
+        "the gradient of A uses the gradient of B where it should use B": {
+            _GRADIENT_OF_A: 'torch.einsum("or,oi->ri", dB, gradient)'
+        },
+        "the gradient of A uses B after a step: both gradients belong to the same point": {
+            _GRADIENT_OF_A: "(B - dB).T @ gradient"
+        },
+        "the product B A stands where its gradient should": {_GRADIENT_OF_B: "(B @ A) @ A.T", _GRADIENT_OF_A: "B.T @ (B @ A)"},
+        "the gradient of B does not depend on A here: its factor is missing": {_GRADIENT_OF_B: "gradient[:, : A.shape[0]]"},
     },
     variants={
-        "matrix products": {_DB: "gradient @ A.T", _DA: "B.T @ gradient"},
-        "transposed twice": {_DB: "(A @ gradient.T).T", _DA: "(gradient.T @ B).T"},
+        "matrix products": {_GRADIENT_OF_B: "gradient @ A.T", _GRADIENT_OF_A: "B.T @ gradient"},
+        "transposed twice": {_GRADIENT_OF_B: "(A @ gradient.T).T", _GRADIENT_OF_A: "(gradient.T @ B).T"},
         "autograd": {
-            _DB: "None\n    B, A = B.clone().requires_grad_(), A.clone().requires_grad_()",
-            _DA: "None\n    dB, dA = torch.autograd.grad(B @ A, (B, A), gradient)",
+            _GRADIENT_OF_B: "None\n    B, A = B.clone().requires_grad_(), A.clone().requires_grad_()",
+            _GRADIENT_OF_A: "None\n    dB, dA = torch.autograd.grad(B @ A, (B, A), gradient)",
         },
         "in double precision": {
-            _DB: "(gradient.double() @ A.double().T).to(A.dtype)",
-            _DA: "(B.double().T @ gradient.double()).to(A.dtype)",
+            _GRADIENT_OF_B: "(gradient.double() @ A.double().T).to(A.dtype)",
+            _GRADIENT_OF_A: "(B.double().T @ gradient.double()).to(A.dtype)",
         },
     },
 )

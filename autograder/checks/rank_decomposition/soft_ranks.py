@@ -67,9 +67,9 @@ def soft_tolerance(case: dict) -> dict[str, float]:
 
 
 _STABLE = "(sigma.square().sum() / sigma.max().square()).item()"
-_P = "singular_values.double() / singular_values.double().sum()"
+_SHARES = "singular_values.double() / singular_values.double().sum()"
 _TERM = "entropy -= share * math.log(share)"
-_EXP = "math.exp(entropy)"
+_EXPONENTIAL = "math.exp(entropy)"
 _LOOP = "for share in p.tolist():\n        if share > 0:\n            entropy -= share * math.log(share)"
 
 check_soft_ranks = Exercise(
@@ -95,37 +95,37 @@ check_soft_ranks = Exercise(
         "stable_rank counts the singular values that are not zero: that is the ordinary rank": {
             _STABLE: "float((sigma > 0).sum())"
         },
-        "effective_rank is the entropy itself: take exp of it": {_EXP: "entropy"},
+        "effective_rank is the entropy itself: take exp of it": {_EXPONENTIAL: "entropy"},
         "effective_rank takes exp of an entropy in bits: use the natural logarithm, or 2 to the power": {
             _TERM: "entropy -= share * math.log2(share)"
         },
         "effective_rank normalises the squares of the singular values: Roy and Vetterli take the values themselves": {
-            _P: "singular_values.double().square() / singular_values.double().square().sum()"
+            _SHARES: "singular_values.double().square() / singular_values.double().square().sum()"
         },
         "effective_rank does not normalise: the singular values are first divided by their sum": {
-            _P: "singular_values.double()"
+            _SHARES: "singular_values.double()"
         },
         "effective_rank divides by the largest singular value: divide by the sum, so that they add up to one": {
-            _P: "singular_values.double() / singular_values.double().max()"
+            _SHARES: "singular_values.double() / singular_values.double().max()"
         },
         "effective_rank divides by the norm: divide by the sum, so that they add up to one": {
-            _P: "singular_values.double() / singular_values.double().norm()"
+            _SHARES: "singular_values.double() / singular_values.double().norm()"
         },
         "effective_rank has the wrong sign: entropy is minus the sum of p log p": {_TERM: "entropy += share * math.log(share)"},
         "effective_rank is nan where a singular value is zero: 0 log 0 counts as zero here": {
             _LOOP: "entropy = -(p * p.log()).sum().item()"
         },
-        "effective_rank is divided by the number of singular values": {_EXP: "math.exp(entropy) / len(p)"},
+        "effective_rank is divided by the number of singular values": {_EXPONENTIAL: "math.exp(entropy) / len(p)"},
     },
     variants={
         "torch.special.entr": {_LOOP: "entropy = torch.special.entr(p).sum().item()"},
         "xlogy, in the given precision": {
-            _P: "singular_values / singular_values.sum()",
+            _SHARES: "singular_values / singular_values.sum()",
             _LOOP: "entropy = -torch.xlogy(p, p).sum()",
-            _EXP: "entropy.exp()",
+            _EXPONENTIAL: "entropy.exp()",
         },
         "the zeros left out": {_LOOP: "p = p[p > 0]; entropy = -(p * p.log()).sum().item()"},
-        "2 to the power of bits": {_TERM: "entropy -= share * math.log2(share)", _EXP: "2**entropy"},
+        "2 to the power of bits": {_TERM: "entropy -= share * math.log2(share)", _EXPONENTIAL: "2**entropy"},
         "ratios first, in the given precision": {_STABLE: "((singular_values / singular_values[0]) ** 2).sum()"},
         "norms": {_STABLE: "(torch.linalg.vector_norm(sigma) / torch.linalg.vector_norm(sigma, math.inf)).item() ** 2"},
     },

@@ -49,7 +49,7 @@ def overlap_tolerance(case: dict) -> dict[str, float]:
 
 
 _SQUARES = "(u @ v).item() ** 2"
-_MIN = "min(first.shape[1], second.shape[1])"
+_SMALLER_WIDTH = "min(first.shape[1], second.shape[1])"
 
 check_subspace_overlap = Exercise(
     spec=[subspace_overlap],
@@ -61,28 +61,34 @@ check_subspace_overlap = Exercise(
             _SQUARES: "(u @ v).item()"
         },
         "the absolute values are summed: sum the squares": {_SQUARES: "abs((u @ v).item())"},
-        "the norm is not squared": {f"total / {_MIN}": f"math.sqrt(total) / {_MIN}"},
-        "the root of the overlap is returned": {f"total / {_MIN}": f"math.sqrt(total / {_MIN})"},
+        "the norm is not squared": {f"total / {_SMALLER_WIDTH}": f"math.sqrt(total) / {_SMALLER_WIDTH}"},
+        "the root of the overlap is returned": {f"total / {_SMALLER_WIDTH}": f"math.sqrt(total / {_SMALLER_WIDTH})"},
         "it is divided by the larger number of columns: by the smaller, so that a space inside another gives 1": {
-            _MIN: "max(first.shape[1], second.shape[1])"
+            _SMALLER_WIDTH: "max(first.shape[1], second.shape[1])"
         },
-        "it is divided by the product of both numbers of columns: by the smaller": {_MIN: "(first.shape[1] * second.shape[1])"},
-        "it is divided by the first one's number of columns: by the smaller of both": {_MIN: "first.shape[1]"},
-        "it is not divided by the smaller number of columns": {f"total / {_MIN}": "total"},
+        "it is divided by the product of both numbers of columns: by the smaller": {
+            _SMALLER_WIDTH: "(first.shape[1] * second.shape[1])"
+        },
+        "it is divided by the first one's number of columns: by the smaller of both": {_SMALLER_WIDTH: "first.shape[1]"},
+        "it is not divided by the smaller number of columns": {f"total / {_SMALLER_WIDTH}": "total"},
         "it is divided by the number of features: the columns are the vectors, `shape[1]` counts them": {
-            _MIN: "min(first.shape[0], second.shape[0])"
+            _SMALLER_WIDTH: "min(first.shape[0], second.shape[0])"
         },
         "only vectors of the same number are compared: every vector of the one goes with every vector of the other": {
-            f"return total / {_MIN}": f"k = {_MIN}\n    return (first[:, :k] * second[:, :k]).sum(0).square().sum().item() / k",
+            f"return total / {_SMALLER_WIDTH}": f"k = {_SMALLER_WIDTH}\n    return (first[:, :k] * second[:, :k]).sum(0).square().sum().item() / k",
         },
         "the rows are taken for the vectors, `first @ second.T`: the columns are, `first.T @ second`": {
-            f"return total / {_MIN}": f"return (first @ second.T).square().sum().item() / {_MIN}"
+            f"return total / {_SMALLER_WIDTH}": f"return (first @ second.T).square().sum().item() / {_SMALLER_WIDTH}"
         },
     },
     variants={
-        "a norm": {f"return total / {_MIN}": f"return (first.T @ second).norm() ** 2 / {_MIN}"},
-        "squares": {f"return total / {_MIN}": f"return (first.T @ second).square().sum().item() / {_MIN}"},
-        "by singular values": {f"return total / {_MIN}": "return torch.linalg.svdvals(first.T @ second).square().mean()"},
-        "by projections": {f"return total / {_MIN}": f"return torch.trace(first @ first.T @ second @ second.T) / {_MIN}"},
+        "a norm": {f"return total / {_SMALLER_WIDTH}": f"return (first.T @ second).norm() ** 2 / {_SMALLER_WIDTH}"},
+        "squares": {f"return total / {_SMALLER_WIDTH}": f"return (first.T @ second).square().sum().item() / {_SMALLER_WIDTH}"},
+        "by singular values": {
+            f"return total / {_SMALLER_WIDTH}": "return torch.linalg.svdvals(first.T @ second).square().mean()"
+        },
+        "by projections": {
+            f"return total / {_SMALLER_WIDTH}": f"return torch.trace(first @ first.T @ second @ second.T) / {_SMALLER_WIDTH}"
+        },
     },
 )

@@ -11,7 +11,7 @@ import os
 import textwrap
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -44,17 +44,24 @@ class StudentError(Exception):
     """Student code in another process raised; the message is `TypeName: message` and the student's line."""
 
 
-def drive(driver: Callable[..., Observation], answers: Sequence[object], case: dict) -> Observation:
+def drive(
+    driver: Callable[..., Observation], answers: Sequence[object], case: dict, helpers: Iterable[Callable] = ()
+) -> Observation:
     """Return `driver(*answers, **case)`, run where the answers live.
 
-    The driver must stand alone: it imports what it uses, from torch, peftlab and the standard library only.
+    The driver must stand alone, but for helpers, which travel with it and stand alone as well: each imports what it uses, from
+    torch, peftlab and the standard library only.
     """
     if not isinstance(answers[0], RemoteAnswer):
         return driver(*answers, **case)
     arguments, names = io.BytesIO(), [answer.name for answer in answers]
     torch.save(case, arguments)
-    source = textwrap.dedent(inspect.getsource(driver))
-    return read_reply(answers[0].run(source, driver.__name__, names, arguments.getvalue()))
+    return read_reply(answers[0].run(travelling(driver, helpers), driver.__name__, names, arguments.getvalue()))
+
+
+def travelling(driver: Callable, helpers: Iterable[Callable] = ()) -> str:
+    """Return the source that defines a driver and what it calls."""
+    return "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in (*helpers, driver))
 
 
 def read_reply(reply: bytes) -> Observation:
@@ -98,7 +105,7 @@ def _admit(value: object) -> None:
 
 
 def drive_and_measure(
-    driver: Callable[..., Observation], answers: Sequence[object], case: dict
+    driver: Callable[..., Observation], answers: Sequence[object], case: dict, helpers: Iterable[Callable] = ()
 ) -> tuple[Observation, int | None]:
     """Return what `drive` returns, and by how many bytes the process grew at its peak.
 
@@ -110,14 +117,14 @@ def drive_and_measure(
     """
     remote = isinstance(answers[0], RemoteAnswer)
     process = answers[0].process() if remote else os.getpid()
-    drive(driver, answers, case)
+    drive(driver, answers, case, helpers)
     drive(_return_freed_memory, answers, {})
     try:
         Path(f"/proc/{process}/clear_refs").write_text("5")  # sets the high-water mark back to the present size
     except OSError:
-        return drive(driver, answers, case), None
+        return drive(driver, answers, case, helpers), None
     before = _status(process, "VmRSS")
-    observation = drive(driver, answers, case)
+    observation = drive(driver, answers, case, helpers)
     return observation, _status(process, "VmHWM") - before
 
 

@@ -33,6 +33,7 @@ class Exercise:
     Attributes:
         spec: the functions or classes that a right answer consists of, under the names that the student uses.
         driver: `driver(*answers, **case)` uses the answers and returns what can be observed (see `autograder.drive`).
+        helpers: functions that the driver calls, which travel with it.
         cases: `cases(generator)` returns fresh random inputs, each a dict of the driver's keyword arguments.
         mistakes: each sentence names a mistake, and edits of the spec's source, or a source, make it. They are the diagnosis
             that a student reads and the wrong answers that the grader's tests must see rejected.
@@ -48,6 +49,7 @@ class Exercise:
     cases: Callable[[torch.Generator], Iterable[dict]]
     mistakes: Mapping[str, Edits | str]
     variants: Mapping[str, Edits | str]
+    helpers: Sequence[Callable] = ()
     reading: Callable[[Observation, dict], Observation] = lambda observation, case: observation
     tolerance: Callable[[dict], Mapping[str, float]] = lambda case: {}
     at_most: frozenset[str] = frozenset()
@@ -97,9 +99,9 @@ class Exercise:
         copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in case.items()}
         try:
             if self.measures_peak(case):
-                observation, peak = drive_and_measure(self.driver, answers, copied)
+                observation, peak = drive_and_measure(self.driver, answers, copied, self.helpers)
             else:
-                observation, peak = drive(self.driver, answers, copied), None
+                observation, peak = drive(self.driver, answers, copied, self.helpers), None
             read = self.reading(observation, case)
         except Exception as error:
             return {RAISED: describe_error(error)}

@@ -7,9 +7,11 @@ import torch
 from autograder.cases import between, total_bytes
 from autograder.checks.adapters.adapted import FROZEN, MOVED, NEW_ADAPTER, OUTPUT, WRAPPED, Adapted, add_adapters
 from autograder.checks.adapters.add_adapters import check_add_adapters
+from autograder.checks.adapters.helpers import adapter_class, tensors_kept
 from autograder.checks.adapters.memory import WEIGHTS
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import seeing
 
 
 def adapted_memory_case(
@@ -31,41 +33,24 @@ def drive_adapted_memory(Adapted, add_adapters, layers, seq, bottleneck, places,
     The adapters are made by an `Adapter` of our own, so that this does not depend on an earlier exercise.
     """
     import torch
-    import torch.nn.functional as F
     from torch import nn
 
     from peftlab.llama import Llama, LlamaConfig
     from peftlab.memory import tensors_of_step
 
-    class Bottleneck(nn.Module):
-        def __init__(self, hidden, bottleneck):
-            super().__init__()
-            self.down, self.up = nn.Linear(hidden, bottleneck), nn.Linear(bottleneck, hidden)
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
-
-        def forward(self, h):
-            return h + self.up(F.gelu(self.down(h)))
-
+    Bottleneck = adapter_class()
     returned = Adapted(nn.Linear(12, 12), Bottleneck(12, bottleneck))(torch.ones(1, 2, 12))
     if not torch.is_tensor(returned):
         return {"returned": repr(returned)[:100]}
-    names = getattr(add_adapters, "__globals__", {})
-    theirs, names["Adapter"] = names.get("Adapter"), Bottleneck
     model = Llama(LlamaConfig(31, 12, 20, layers, 2, 1)).to(getattr(torch, dtype))
-    try:
+    with seeing(add_adapters, Adapter=Bottleneck):
         add_adapters(model, bottleneck, places)
-    finally:
-        names["Adapter"] = theirs
     input_ids = torch.arange(2 * seq).view(2, seq)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     tensors = tensors_of_step(
         lambda: model(input_ids).float().square().mean(), model.parameters(), optimizer, not_counted=[input_ids]
     )
-    values = [value for module in model.modules() for value in vars(module).values()]
-    attributes = [one for value in values for one in (value if isinstance(value, list) else [value]) if torch.is_tensor(one)]
-    kept = [*model.state_dict().values(), *(held.detach() for held in attributes)]
-    return tensors | {"returned": "a tensor", "kept": kept}
+    return tensors | {"returned": "a tensor", "kept": tensors_kept(model)}
 
 
 _MODEL_SAVED = "the bytes that forward saves for backward besides the weights"
@@ -93,6 +78,7 @@ check_adapted_memory = Exercise(
     spec=[Adapted, add_adapters],
     cases=lambda generator: [adapted_memory_case(generator), adapted_memory_case(generator, ["mlp"], "bfloat16")],
     driver=drive_adapted_memory,
+    helpers=[seeing, adapter_class, tensors_kept],
     reading=read_adapted_memory,
     # Gradients and optimizer state belong to the adapters, and are counted to the byte.
     tolerance=lambda case: {WEIGHTS: 64},

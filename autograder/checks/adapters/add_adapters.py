@@ -6,8 +6,10 @@ import torch
 
 from autograder.cases import between, normal
 from autograder.checks.adapters.adapted import FROZEN, MOVED, NEW_ADAPTER, OUTPUT, Adapted, add_adapters
+from autograder.checks.adapters.helpers import adapter_class
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import fill, seeing
 
 
 def add_case(
@@ -38,39 +40,22 @@ def drive_add_adapters(Adapted, add_adapters, layers, tied, weights, input_ids, 
     The adapters are made by an `Adapter` of our own, so that this does not depend on an earlier exercise.
     """
     import torch
-    import torch.nn.functional as F
     from torch import nn
 
     from peftlab.llama import Llama, LlamaConfig
 
-    class Bottleneck(nn.Module):
-        def __init__(self, hidden, bottleneck):
-            super().__init__()
-            self.down, self.up = nn.Linear(hidden, bottleneck), nn.Linear(bottleneck, hidden)
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
-
-        def forward(self, h):
-            return h + self.up(F.gelu(self.down(h)))
-
+    Bottleneck = adapter_class()
     returned = Adapted(nn.Linear(12, 12), Bottleneck(12, bottleneck))(torch.ones(1, 2, 12))
     if not torch.is_tensor(returned):
         return {"returned": repr(returned)[:100]}
 
     def add(model):
-        names = getattr(add_adapters, "__globals__", {})
-        theirs, names["Adapter"] = names.get("Adapter"), Bottleneck
-        try:
-            if places is None:
-                add_adapters(model, bottleneck)
-            else:
-                add_adapters(model, bottleneck, places)
-        finally:
-            names["Adapter"] = theirs
+        with seeing(add_adapters, Adapter=Bottleneck):
+            add_adapters(model, bottleneck, *(() if places is None else (places,)))
 
     config = LlamaConfig(31, 12, 20, layers, 2, 1, tie_word_embeddings=tied)
     model = Llama(config).to(weights.dtype)
-    nn.utils.vector_to_parameters(weights[: sum(p.numel() for p in model.parameters())].clone(), model.parameters())
+    fill(model, weights)
     before, held = model(input_ids, attention_mask).detach(), model.model.layers[0].self_attn.v_proj.weight
     add(model)
     adapters = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "down", None), nn.Linear)}
@@ -148,6 +133,7 @@ check_add_adapters = Exercise(
     spec=[Adapted, add_adapters],
     cases=lambda generator: [add_case(generator), add_case(generator, places=["mlp"])],
     driver=drive_add_adapters,
+    helpers=[fill, seeing, adapter_class],
     reading=read_add_adapters,
     tolerance=add_tolerance,
     mistakes={

@@ -4,6 +4,7 @@ import torch
 
 from autograder.cases import between, total_bytes
 from autograder.checks.adapters.adapter import CHANGE, DOWN, GELU, SQUEEZED, START_DOWN, START_UP_BIAS, SUM, UP, Adapter
+from autograder.checks.adapters.helpers import tensors_kept
 from autograder.drive import Observation
 from autograder.exercise import Exercise
 
@@ -26,10 +27,7 @@ def drive_adapter_memory(Adapter, hidden, bottleneck, rows):
     if not torch.is_tensor(returned):
         return {"returned": repr(returned)[:100]}
     tensors = tensors_of_step(lambda: adapter(h).sum(), adapter.parameters(), optimizer, not_counted=[h])
-    values = [value for module in adapter.modules() for value in vars(module).values()]
-    attributes = [one for value in values for one in (value if isinstance(value, list) else [value]) if torch.is_tensor(one)]
-    kept = [*adapter.state_dict().values(), *(held.detach() for held in attributes)]
-    return tensors | {"returned": "a tensor", "kept": kept}
+    return tensors | {"returned": "a tensor", "kept": tensors_kept(adapter)}
 
 
 WEIGHTS = "the bytes of weights and of tensors that are kept as buffers or attributes"
@@ -53,6 +51,7 @@ check_adapter_memory = Exercise(
     spec=[Adapter],
     cases=lambda generator: [adapter_memory_case(generator)],
     driver=drive_adapter_memory,
+    helpers=[tensors_kept],
     reading=read_adapter_memory,
     # Gradients and optimizer state belong to the four parameters, and are counted to the byte; a plain number that is kept as
     # a buffer may weigh something.

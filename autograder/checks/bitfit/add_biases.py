@@ -7,6 +7,7 @@ from autograder.cases import normal
 from autograder.checks.bitfit.cases import llama_sizes
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import fill
 from peftlab.llama import Llama
 
 
@@ -41,7 +42,7 @@ def drive_add_biases(add_biases, sizes, weights, existing, input_ids, dtype):
     from peftlab.llama import Llama, LlamaConfig
 
     model = Llama(LlamaConfig(*sizes))
-    nn.utils.vector_to_parameters(weights[: sum(p.numel() for p in model.parameters())], model.parameters())
+    fill(model, weights)
     model.model.layers[1].mlp.down_proj.bias = nn.Parameter(existing)
     model.to(getattr(torch, dtype)).requires_grad_(False)
     model.model.layers[0].requires_grad_(True)
@@ -114,6 +115,7 @@ check_add_biases = Exercise(
     spec=[add_biases],
     cases=lambda generator: [add_biases_case(generator)],
     driver=drive_add_biases,
+    helpers=[fill],
     reading=read_add_biases,
     tolerance=add_biases_tolerance,
     mistakes={

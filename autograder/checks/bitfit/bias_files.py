@@ -8,6 +8,7 @@ from torch import nn
 from autograder.cases import between, normal, read_safetensors
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import attempt, fill, read_file, try_misfits
 
 
 def save_biases(model: nn.Module, path: str | Path) -> None:
@@ -63,8 +64,7 @@ def drive_bias_files(save_biases, load_biases, weights, other_weights, in_featur
 
     def model(values, layers=2, width=out_features):
         built = nn.ModuleDict({"blocks": nn.ModuleList(Block(width) for _ in range(layers)), "head": nn.Linear(width, 3)})
-        nn.utils.vector_to_parameters(values[: sum(p.numel() for p in built.parameters())].clone(), built.parameters())
-        return built
+        return fill(built, values)
 
     warnings.simplefilter("ignore")  # a slower way to save is still a way to save
     source, target, double = model(weights), model(other_weights), model(other_weights).double()
@@ -76,26 +76,12 @@ def drive_bias_files(save_biases, load_biases, weights, other_weights, in_featur
         save_biases(source, path)
         if not os.path.isfile(path):
             return {"file": None}
-        with open(path, "rb") as file:
-            content = torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8).clone()
-        try:
-            load_biases(target, path)
-            load_biases(double, path)
-            loading = "nothing"
-        except Exception as error:
-            loading = f"{type(error).__name__}: {error}"
-        refused, untouched = [], []
+        content = read_file(path)
+        loading = attempt(lambda: [load_biases(loaded, path) for loaded in (target, double)])
         misfits = [model(other_weights, layers=1), model(other_weights, layers=3), model(other_weights, width=out_features + 1)]
         misfits.append(model(other_weights))
         misfits[-1]["head"].bias = nn.Parameter(misfits[-1]["head"].bias.detach()[None])
-        for misfit in misfits:
-            before = {name: tensor.clone() for name, tensor in misfit.state_dict().items()}
-            try:
-                load_biases(misfit, path)
-                refused.append("nothing")
-            except Exception as error:
-                refused.append(type(error).__name__)
-            untouched.append(all(torch.equal(before[name], tensor) for name, tensor in misfit.state_dict().items()))
+        refused, untouched = try_misfits(load_biases, misfits, path)
     return {
         "file": content,
         "loading": loading,
@@ -151,6 +137,7 @@ check_bias_files = Exercise(
     spec=[save_biases, load_biases],
     cases=lambda generator: [bias_file_case(generator)],
     driver=drive_bias_files,
+    helpers=[attempt, fill, read_file, try_misfits],
     reading=read_bias_files,
     # Metadata may take some room in the header; weights may not.
     tolerance=lambda case: {"bytes of the file": 1024},

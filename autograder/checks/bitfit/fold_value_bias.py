@@ -5,6 +5,7 @@ import torch
 from autograder.cases import between, normal
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import fill
 from peftlab.llama import LlamaAttention
 
 
@@ -49,7 +50,7 @@ def drive_fold(fold_value_bias, sizes, weights, x, dtype):
     attention = LlamaAttention(LlamaConfig(*sizes))
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
         projection.bias = nn.Parameter(torch.zeros(projection.out_features))
-    nn.utils.vector_to_parameters(weights[: sum(p.numel() for p in attention.parameters())], attention.parameters())
+    fill(attention, weights)
     attention.to(getattr(torch, dtype)).requires_grad_(False)
     attention.o_proj.bias.requires_grad_(True)
     x = x.to(getattr(torch, dtype))
@@ -113,6 +114,7 @@ check_fold_value_bias = Exercise(
     spec=[fold_value_bias],
     cases=lambda generator: [fold_case(generator, 6, 2)],
     driver=drive_fold,
+    helpers=[fill],
     reading=read_fold,
     tolerance=fold_tolerance,
     mistakes={

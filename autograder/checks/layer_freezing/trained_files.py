@@ -9,6 +9,7 @@ from autograder.cases import between, read_safetensors
 from autograder.checks.layer_freezing.cases import parts
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import read_file
 
 
 def save_trained(model: nn.Module, path: str | Path) -> None:
@@ -110,8 +111,7 @@ def drive_files(save_trained, load_trained, sizes, tied, dtype, seed, trained, m
         save_trained(source, path)
         if not os.path.isfile(path):
             return {"file": None}
-        with open(path, "rb") as file:
-            content = torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8).clone()
+        content = read_file(path)
         loading = [attempt(model, path) for model in (fresh, frozen)]
         refused, untouched = [], []
         others = [built(misfit, seed + 3) for misfit in (*misfits, sizes)]
@@ -187,6 +187,7 @@ check_trained_files = Exercise(
     spec=[save_trained, load_trained],
     cases=lambda generator: [files_case(generator, tied=True)],
     driver=drive_files,
+    helpers=[read_file],
     reading=read_files,
     # A file's metadata may take some room in the header; a frozen layer, of 4,000 bytes and more, may not.
     tolerance=lambda case: {"bytes of the file": 512},

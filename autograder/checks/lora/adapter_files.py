@@ -8,6 +8,7 @@ from torch import nn
 from autograder.cases import between, normal, read_safetensors
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import attempt, fill, read_file, try_misfits
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -57,8 +58,7 @@ def drive_adapter_files(save_adapter, load_adapter, weights, other_weights, in_f
 
     def model(values, layers=2):
         built = nn.ModuleDict({"blocks": nn.ModuleList(Layer() for _ in range(layers)), "norm": nn.LayerNorm(3)})
-        nn.utils.vector_to_parameters(values[: sum(p.numel() for p in built.parameters())].clone(), built.parameters())
-        return built
+        return fill(built, values)
 
     warnings.simplefilter("ignore")  # a slower way to save is still a way to save
     source, target = model(weights), model(other_weights)
@@ -66,22 +66,10 @@ def drive_adapter_files(save_adapter, load_adapter, weights, other_weights, in_f
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "adapter.safetensors")
         save_adapter(source, path)
-        with open(path, "rb") as file:
-            content = torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8).clone()
-        try:
-            load_adapter(target, path)
-            loading = "nothing"
-        except Exception as error:
-            loading = f"{type(error).__name__}: {error}"
-        refused, untouched = [], []
-        for misfit in (model(other_weights, layers=1), model(torch.cat([other_weights, other_weights]), layers=3)):
-            before = {name: tensor.clone() for name, tensor in misfit.state_dict().items()}
-            try:
-                load_adapter(misfit, path)
-                refused.append("nothing")
-            except Exception as error:
-                refused.append(type(error).__name__)
-            untouched.append(all(torch.equal(before[name], tensor) for name, tensor in misfit.state_dict().items()))
+        content = read_file(path)
+        loading = attempt(load_adapter, target, path)
+        misfits = [model(other_weights, layers=1), model(torch.cat([other_weights, other_weights]), layers=3)]
+        refused, untouched = try_misfits(load_adapter, misfits, path)
     return {
         "file": content,
         "loading": loading,
@@ -120,6 +108,7 @@ check_adapter_files = Exercise(
     spec=[save_adapter, load_adapter],
     cases=lambda generator: [adapter_case(generator)],
     driver=drive_adapter_files,
+    helpers=[attempt, fill, read_file, try_misfits],
     reading=read_adapter_files,
     # An adapter's metadata may take some room in the header; a base layer may not.
     tolerance=lambda case: {"bytes of the file": 2048},

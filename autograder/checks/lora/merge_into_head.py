@@ -8,6 +8,7 @@ from torch import nn
 from autograder.cases import between, normal
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import fill
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def drive_merge_into_head(merge_into_head, tied, weights, lora_A, lora_B, scalin
 
     config = LlamaConfig(40, 16, 24, 1, 2, 1)
     model = Llama(dataclasses.replace(config, tie_word_embeddings=tied)).requires_grad_(False)
-    nn.utils.vector_to_parameters(weights[: sum(p.numel() for p in model.parameters())], model.parameters())
+    fill(model, weights)
     embedding_before = model.model.embed_tokens.weight.clone()
     head_before = model.lm_head.weight
     model.lm_head = Head(model.lm_head)
@@ -101,6 +102,7 @@ check_merge_into_head = Exercise(
     spec=[merge_into_head],
     cases=lambda generator: [tied_case(generator, tied=True), tied_case(generator, tied=False)],
     driver=drive_merge_into_head,
+    helpers=[fill],
     reading=read_merge_into_head,
     tolerance=tied_tolerance,
     mistakes={

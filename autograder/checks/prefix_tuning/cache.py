@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from autograder.cases import between, normal
+from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.rounding import rounding_tolerance
 from autograder.drive import Observation
 from autograder.exercise import Exercise
@@ -39,18 +40,9 @@ def drive_cache(PrefixCache, raw_keys, raw_values, x):
     """Use one cache for two passes through two small layers, the second with gradient checkpointing and half of the batch."""
     import torch
     import torch.nn.functional as F
-    from torch import nn
     from torch.utils.checkpoint import checkpoint
 
-    class Computed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.keys, self.values = nn.Parameter(raw_keys.clone()), nn.Parameter(raw_values.clone())
-
-        def forward(self, layer):
-            return self.keys[layer].sin(), self.values[layer].sin()
-
-    prefix = Computed()
+    prefix = make_prefix(raw_keys, raw_values, computed=True)
     cache = PrefixCache(prefix)
 
     def run(x, layer):
@@ -98,6 +90,7 @@ check_prefix_cache = Exercise(
     spec=[PrefixCache],
     cases=lambda generator: [cache_case(generator)],
     driver=drive_cache,
+    helpers=[make_prefix],
     reading=read_cache,
     tolerance=lambda case: rounding_tolerance(
         case,

@@ -5,6 +5,7 @@ import math
 import torch
 
 from autograder.cases import between, normal
+from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.prefix_attention import (
     CAST,
     CAT_KEYS,
@@ -58,20 +59,12 @@ def drive_attention(PrefixAttention, weights, keys, values, x, output_gradient, 
 
     from peftlab.llama import LlamaAttention, LlamaConfig, causal_mask, rotary_angles
 
-    class Held(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.keys, self.values = nn.Parameter(keys), nn.Parameter(values)
-
-        def forward(self, layer):
-            return self.keys[layer], self.values[layer]
-
     _, kv_heads, tokens, _ = keys.shape
     _, seq, hidden = x.shape
     config = LlamaConfig(7, hidden, 9, 1, heads, kv_heads)
     attention = LlamaAttention(config).to(x.dtype).requires_grad_(False)
     nn.utils.vector_to_parameters(weights.to(x.dtype), attention.parameters())
-    prefix = Held()
+    prefix = make_prefix(keys, values)
     mask, positions = None, torch.arange(tokens, tokens + seq)
     if attention_mask is not None:
         mask, positions = causal_mask(attention_mask), (attention_mask.cumsum(1) - 1).clamp(min=0) + tokens
@@ -139,6 +132,7 @@ check_prefix_attention = Exercise(
         attention_case(generator, torch.bfloat16, prefix_dtype=torch.float32, padded=True),
     ],
     driver=drive_attention,
+    helpers=[make_prefix],
     reading=read_attention,
     tolerance=attention_tolerance,
     mistakes={

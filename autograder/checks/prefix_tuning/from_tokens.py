@@ -8,6 +8,7 @@ from autograder.checks.prefix_tuning.prefix import Prefix
 from autograder.checks.prefix_tuning.rounding import LOW_PRECISION, cast, relative_errors, rounding_tolerance
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import fill
 from peftlab.llama import Llama, rotary_angles, rotate  # noqa: F401  (variants call rotate)
 
 
@@ -57,13 +58,12 @@ def tokens_case(
 def drive_from_tokens(prefix_from_tokens, weights, input_ids, kv_heads, layers, elsewhere=False):
     """Take the prefix of some tokens of a tiny LLaMA; return it, and whether the model is as it was."""
     import torch
-    from torch import nn
 
     from peftlab.llama import Llama, LlamaConfig
 
     head_dim, heads = 4, 3 * kv_heads
     model = Llama(LlamaConfig(17, heads * head_dim, 2 * heads * head_dim, layers, heads, kv_heads, rope_theta=50.0))
-    nn.utils.vector_to_parameters(weights[: sum(parameter.numel() for parameter in model.parameters())], model.parameters())
+    fill(model, weights)
     model = model.to(weights.dtype).train()
     model.model.embed_tokens.weight.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -107,6 +107,7 @@ check_prefix_from_tokens = Exercise(
     spec=[prefix_from_tokens],
     cases=lambda generator: [tokens_case(generator)],
     driver=drive_from_tokens,
+    helpers=[fill],
     reading=read_from_tokens,
     tolerance=lambda case: rounding_tolerance(case, 2e-5, ["the keys", "the values"]),
     mistakes={

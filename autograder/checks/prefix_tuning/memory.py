@@ -6,6 +6,7 @@ import torch
 
 from autograder.cases import between, normal, total_bytes
 from autograder.checks.prefix_tuning.elsewhere import ELSEWHERE, on_meta
+from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.prefix_attention import (
     CAST,
     CAT_KEYS,
@@ -52,19 +53,11 @@ def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, token
     from peftlab.llama import LlamaConfig, LlamaModel
     from peftlab.memory import tensors_of_step
 
-    class Computed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.raw_keys, self.raw_values = nn.Parameter(raw_keys.clone()), nn.Parameter(raw_values.clone())
-
-        def forward(self, layer):
-            return self.raw_keys[layer].sin(), self.raw_values[layer].sin()
-
     layers, kv_heads, _, head_dim = raw_keys.shape
     base = LlamaModel(LlamaConfig(7, heads * head_dim, heads * head_dim, layers, heads, kv_heads))
     base = base.to(x.dtype).requires_grad_(False)
     nn.utils.vector_to_parameters(weights.to(x.dtype), base.parameters())
-    prefix = Computed()
+    prefix = make_prefix(raw_keys, raw_values, computed=True)
     for number, layer in enumerate(base.layers):
         layer.self_attn = PrefixAttention(layer.self_attn, prefix, number)
     base.train()
@@ -83,11 +76,11 @@ def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, token
             base.zero_grad()
             prefix.zero_grad()
             with torch.no_grad():  # where the optimizer's step began
-                prefix.raw_keys.copy_(raw_keys)
-                prefix.raw_values.copy_(raw_values)
+                prefix.keys.copy_(raw_keys)
+                prefix.values.copy_(raw_values)
             loss().backward()
-        seen[f"the gradient of the prefix's keys{name}"] = prefix.raw_keys.grad
-        seen[f"the gradient of the prefix's values{name}"] = prefix.raw_values.grad
+        seen[f"the gradient of the prefix's keys{name}"] = prefix.keys.grad
+        seen[f"the gradient of the prefix's values{name}"] = prefix.values.grad
     seen["gradients with gradient checkpointing"] = [p.grad for p in parameters if p.grad is not None]
     try:  # "meta" is a device without numbers: mixing it with the CPU is an error, and so is reading a number
         angles = torch.empty(x.shape[1], head_dim, dtype=x.dtype, device="meta")
@@ -138,6 +131,7 @@ check_prefix_memory = Exercise(
         memory_case(generator, torch.bfloat16, prefix_dtype=torch.float32),
     ],
     driver=drive_memory,
+    helpers=[make_prefix],
     reading=read_memory,
     tolerance=memory_tolerance,
     at_most=frozenset({"optimizer state bytes", "bytes of weights and buffers", _SAVED}),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from autograder.cases import between, normal, total_bytes
 from autograder.checks.prefix_tuning.elsewhere import ELSEWHERE, on_meta
+from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.prefix_attention import PrefixAttention
 from autograder.checks.prefix_tuning.rounding import rounding_tolerance
 from autograder.drive import Observation
@@ -72,14 +73,6 @@ def drive_model(PrefixModel, weights, keys, values, input_ids, padding, heads):
     from peftlab.llama import LlamaConfig, LlamaModel, rotate
     from peftlab.memory import tensors_of_step
 
-    class Held(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.keys, self.values = nn.Parameter(keys.clone()), nn.Parameter(values.clone())
-
-        def forward(self, layer):
-            return self.keys[layer], self.values[layer]
-
     made = []
 
     class Attends(nn.Module):
@@ -105,7 +98,7 @@ def drive_model(PrefixModel, weights, keys, values, input_ids, padding, heads):
     layers, kv_heads, _, head_dim = keys.shape
     base = LlamaModel(LlamaConfig(17, heads * head_dim, 2 * heads * head_dim, layers, heads, kv_heads))
     nn.utils.vector_to_parameters(weights, base.parameters())
-    base, prefix = base.to(weights.dtype), Held()
+    base, prefix = base.to(weights.dtype), make_prefix(keys, values)
     originals = [layer.self_attn for layer in base.layers]
     model = PrefixModel(base, prefix, Attends)
     parameters = list(model.parameters())
@@ -174,6 +167,7 @@ check_prefix_model = Exercise(
     spec=[PrefixModel],
     cases=lambda generator: [model_case(generator)],
     driver=drive_model,
+    helpers=[make_prefix],
     reading=read_model,
     tolerance=lambda case: rounding_tolerance(
         case,

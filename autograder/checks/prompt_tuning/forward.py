@@ -3,6 +3,7 @@
 import torch
 
 from autograder.checks.prompt_tuning.cases import exact_case, prompted_case
+from autograder.checks.prompt_tuning.helpers import decode_exactly
 from autograder.checks.prompt_tuning.prompted_model import (
     BASE,
     BATCHED,
@@ -20,21 +21,16 @@ from autograder.exercise import Exercise
 def drive_prompted(PromptedModel, sizes, weights, start, input_ids, attention_mask, output_gradient, exact):
     """Build a small LLaMA with a prompt before it; return the text's hidden states, and what gets a gradient.
 
-    The exact model takes the place of one whose dtype would leave room for mistakes: it sums what a position may look at,
-    each summand multiplied by its distance, and with small whole numbers nothing is rounded.
+    Where the case is exact, the base rounds nothing (see `decode_exactly`).
     """
     import torch
     from torch import nn
 
-    from peftlab.llama import LlamaConfig, LlamaModel, causal_mask
+    from peftlab.llama import LlamaConfig, LlamaModel
 
     class Exact(LlamaModel):
         def decode(self, x, attention_mask=None, positions=None):
-            batch, seq, _ = x.shape
-            positions = (torch.arange(seq) if positions is None else positions).expand(batch, seq)
-            looked_at = causal_mask(torch.ones(batch, seq) if attention_mask is None else attention_mask)[:, 0]
-            distance = 1 + positions[:, :, None] - positions[:, None, :]
-            return ((looked_at * distance).double() @ x.double() * self.norm.weight.double()).to(x.dtype)
+            return decode_exactly(self, x, attention_mask, positions)
 
     base = (Exact if exact else LlamaModel)(LlamaConfig(*sizes))
     nn.utils.vector_to_parameters(weights, base.parameters())
@@ -113,6 +109,7 @@ check_prompted_forward = Exercise(
         exact_case(generator, "none", torch.bfloat16, prompt_dtype=torch.bfloat16),
     ],
     driver=drive_prompted,
+    helpers=[decode_exactly],
     reading=read_prompted,
     tolerance=model_tolerance,
     mistakes={

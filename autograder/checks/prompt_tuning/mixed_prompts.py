@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from autograder.cases import normal
 from autograder.checks.prompt_tuning.cases import exact_case, prompted_case
+from autograder.checks.prompt_tuning.helpers import decode_exactly
 from autograder.checks.prompt_tuning.prompted_model import FREEZE
 from autograder.drive import Observation
 from autograder.exercise import Exercise
@@ -68,20 +69,14 @@ def drive_mixed(MixedPrompts, sizes, weights, prompts, lengths, input_ids, task_
     import torch
     from torch import nn
 
-    from peftlab.llama import LlamaConfig, LlamaModel, causal_mask
+    from peftlab.llama import LlamaConfig, LlamaModel
 
     runs = []
 
     class Counted(LlamaModel):
         def decode(self, x, attention_mask=None, positions=None):
             runs.append(len(x))
-            if not exact:
-                return super().decode(x, attention_mask, positions)
-            batch, seq, _ = x.shape
-            positions = (torch.arange(seq) if positions is None else positions).expand(batch, seq)
-            looked_at = causal_mask(torch.ones(batch, seq) if attention_mask is None else attention_mask)[:, 0]
-            distance = 1 + positions[:, :, None] - positions[:, None, :]
-            return ((looked_at * distance).double() @ x.double() * self.norm.weight.double()).to(x.dtype)
+            return decode_exactly(self, x, attention_mask, positions) if exact else super().decode(x, attention_mask, positions)
 
     base = Counted(LlamaConfig(*sizes))
     nn.utils.vector_to_parameters(weights, base.parameters())
@@ -140,6 +135,7 @@ check_mixed_prompts = Exercise(
         exact_mixed_case(generator, "each", torch.bfloat16),
     ],
     driver=drive_mixed,
+    helpers=[decode_exactly],
     reading=read_mixed,
     # As for PromptedModel: ten times the rounding that was measured there.
     tolerance=lambda case: (

@@ -8,6 +8,7 @@ from torch import nn
 from autograder.cases import between, normal, read_safetensors
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import attempt, read_file
 
 
 def save_prompt(prompted: nn.Module, path: str | Path) -> None:
@@ -84,20 +85,11 @@ def drive_prompt_files(save_prompt, load_prompt, prompt, other, base, misfits):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "prompt.safetensors")
         save_prompt(Prompted(prompt), path)
-        with open(path, "rb") as file:
-            content = torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8).clone()
-        try:
-            load_prompt(target, path)
-            loading = "nothing"
-        except Exception as error:
-            loading = f"{type(error).__name__}: {error}"
+        content = read_file(path)
+        loading = attempt(load_prompt, target, path)
         path = os.path.join(folder, "half.safetensors")
         write(path, {"soft_prompt": prompt.half()})
-        try:
-            load_prompt(from_half, path)
-            loading_half = "nothing"
-        except Exception as error:
-            loading_half = f"{type(error).__name__}: {error}"
+        loading_half = attempt(load_prompt, from_half, path)
         for number, shapes in enumerate(misfits):
             path = os.path.join(folder, f"{number}.safetensors")
             write(path, {name: torch.ones(shape) for name, shape in shapes.items()})
@@ -165,6 +157,7 @@ check_prompt_files = Exercise(
     spec=[save_prompt, load_prompt],
     cases=lambda generator: [files_case(generator)],
     driver=drive_prompt_files,
+    helpers=[attempt, read_file],
     reading=read_prompt_files,
     # Metadata may take some room in the header; the base, with 23 rows of the prompt's width, may not.
     tolerance=lambda case: {"bytes of the file": 256},

@@ -7,6 +7,7 @@ from autograder.checks.qlora.cases import nf4_case
 from autograder.checks.qlora.nf4_linear import (
     ABSMAX_BUFFER,
     APPLIED,
+    BY_HOOKS,
     KEEP_LAYER,
     PRODUCT_BACKWARD,
     PRODUCT_FORWARD,
@@ -15,6 +16,7 @@ from autograder.checks.qlora.nf4_linear import (
     NF4Product,
 )
 from autograder.exercise import Exercise
+from autograder.helpers import seeing
 
 
 def drive_nf4_linear(
@@ -24,8 +26,6 @@ def drive_nf4_linear(
 
     While it runs, `dequantize_nf4` is ours, whatever the student's is: that has a check of its own.
     """
-    import inspect
-
     import torch
 
     def dequantize_nf4(packed, absmax, levels, shape, dtype, block_size=64):
@@ -44,10 +44,7 @@ def drive_nf4_linear(
             None if bias is None else change(bias.clone()),
         )
 
-    scope = getattr(inspect.unwrap(getattr(NF4Linear, "forward", NF4Linear)), "__globals__", {})
-    theirs = {"dequantize_nf4": scope["dequantize_nf4"]} if "dequantize_nf4" in scope else {}
-    scope.update({name: dequantize_nf4 for name in theirs})
-    try:
+    with seeing(NF4Linear, dequantize_nf4=dequantize_nf4):
         layer = build(lambda tensor: tensor)
         given = {
             "packed": packed,
@@ -109,8 +106,6 @@ def drive_nf4_linear(
             seen |= {"the device of the output, if all is on the device 'meta'": elsewhere.device.type}
             moved = layer.to("meta")(x.to("meta"))
             return seen | {"the device of the output after layer.to('meta')": moved.device.type}
-    finally:
-        scope.update(theirs)
 
 
 def nf4_tolerance(case: dict) -> dict[str, float]:
@@ -151,6 +146,7 @@ check_nf4_linear = Exercise(
         nf4_case(generator, "bfloat16", double=False, bias=True),
     ],
     driver=drive_nf4_linear,
+    helpers=[seeing],
     tolerance=nf4_tolerance,
     mistakes={
         "a buffer of the docstring is missing or has another name: cells further down use packed, absmax, levels and the others": {
@@ -291,18 +287,7 @@ check_nf4_linear = Exercise(
                         y = y + self.bias.to(y.dtype)
                     return y.to(x.dtype)
         """,
-        "saved tensors that are dequantized when they are asked for": {
-            APPLIED: "self._product(x.to(self.compute_dtype))",
-            "    def dequantized(self)": (
-                "    def _product(self, x):\n"
-                "        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.shape, self._again):\n"
-                "            return torch.nn.functional.linear(x, self.dequantized())\n\n"
-                "    def _again(self, shape):\n"
-                "        weight = self.dequantized()\n"
-                "        return weight if weight.shape == shape else weight.T\n\n"
-                "    def dequantized(self)"
-            ),
-        },
+        "saved tensors that are dequantized when they are asked for": BY_HOOKS,
         "casts inside the function, a fused multiply-add": {
             APPLIED: "NF4Product.apply(x, self)",
             KEEP_LAYER: "ctx.layer, ctx.given, x = layer, x.dtype, x.to(layer.compute_dtype)",

@@ -7,6 +7,7 @@ from autograder.checks.qlora.cases import nf4_case, random_bytes
 from autograder.checks.qlora.nf4_linear import (
     ABSMAX_BUFFER,
     APPLIED,
+    BY_HOOKS,
     KEEP_LAYER,
     PRODUCT_BACKWARD,
     PRODUCT_FORWARD,
@@ -16,6 +17,7 @@ from autograder.checks.qlora.nf4_linear import (
 )
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import seeing
 
 
 def nf4_memory_case(generator: torch.Generator, compute: str = "float32", double: bool = True) -> dict:
@@ -39,8 +41,6 @@ def nf4_memory_case(generator: torch.Generator, compute: str = "float32", double
 
 def drive_nf4_memory(NF4Product, NF4Linear, packed, absmax, nested_absmax, offset, levels, shape, compute, x, output_gradient):
     """Run forward and backward while every allocation is followed; return the numbers, and the bytes that the layer keeps."""
-    import inspect
-
     import torch
 
     from peftlab.memory import whole_storage
@@ -50,10 +50,7 @@ def drive_nf4_memory(NF4Product, NF4Linear, packed, absmax, nested_absmax, offse
         table = torch.cartesian_prod(levels, levels)
         return (table[packed.flatten().int()].view(-1, block_size).mul_(absmax[:, None])).view(tuple(shape)).to(dtype)
 
-    scope = getattr(inspect.unwrap(getattr(NF4Linear, "forward", NF4Linear)), "__globals__", {})
-    theirs = {"dequantize_nf4": scope["dequantize_nf4"]} if "dequantize_nf4" in scope else {}
-    scope.update({name: dequantize_nf4 for name in theirs})
-    try:
+    with seeing(NF4Linear, dequantize_nf4=dequantize_nf4):
         statistics = (absmax,) if nested_absmax is None else (absmax, nested_absmax, offset)
         layer = NF4Linear(packed, statistics, levels, tuple(shape), getattr(torch, compute))
         x.requires_grad_(True)
@@ -68,8 +65,6 @@ def drive_nf4_memory(NF4Product, NF4Linear, packed, absmax, nested_absmax, offse
         held = [*layer.parameters(), *layer.buffers(), *(v for v in vars(layer).values() if torch.is_tensor(v))]
         kept = {tensor.untyped_storage().data_ptr(): whole_storage(tensor.detach()) for tensor in held}
         gradients = [tensor.grad for tensor in held if tensor.grad is not None]
-    finally:
-        scope.update(theirs)
     return {
         "kept": list(kept.values()),
         "gradients": gradients,
@@ -109,6 +104,7 @@ check_nf4_memory = Exercise(
     spec=[NF4Product, NF4Linear],
     cases=lambda generator: [nf4_memory_case(generator), nf4_memory_case(generator, "bfloat16", double=False)],
     driver=drive_nf4_memory,
+    helpers=[seeing],
     reading=read_nf4_memory,
     tolerance=nf4_memory_tolerance,
     at_most=frozenset({_KEPT, "bytes of gradients in the layer", _ALIVE, _STEP_PEAK}),
@@ -176,17 +172,6 @@ check_nf4_memory = Exercise(
             SIZES: f'{SIZES}\n        self.register_buffer("code", dynamic_code(device=packed.device), persistent=False)',
             "dynamic_code(device=absmax.device)[absmax.long()]": "self.code[absmax.long()]",
         },
-        "saved tensors that are dequantized when they are asked for": {
-            APPLIED: "self._product(x.to(self.compute_dtype))",
-            "    def dequantized(self)": (
-                "    def _product(self, x):\n"
-                "        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.shape, self._again):\n"
-                "            return torch.nn.functional.linear(x, self.dequantized())\n\n"
-                "    def _again(self, shape):\n"
-                "        weight = self.dequantized()\n"
-                "        return weight if weight.shape == shape else weight.T\n\n"
-                "    def dequantized(self)"
-            ),
-        },
+        "saved tensors that are dequantized when they are asked for": BY_HOOKS,
     },
 )

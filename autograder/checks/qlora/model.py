@@ -8,6 +8,7 @@ from torch import nn
 from autograder.cases import between, normal
 from autograder.checks.qlora.qlora_layer import QLoRALinear
 from autograder.exercise import Exercise
+from autograder.helpers import fill, seeing
 
 
 def qlora(
@@ -49,7 +50,6 @@ def drive_qlora(qlora, weights, tied, layers, rank, alpha, stored, input_ids, fa
     While it runs, `QLoRALinear` is ours, whatever the student's is: that has a check of its own.
     """
     import dataclasses
-    import inspect
     import weakref
 
     import torch
@@ -85,18 +85,13 @@ def drive_qlora(qlora, weights, tied, layers, rank, alpha, stored, input_ids, fa
 
     config = dataclasses.replace(LlamaConfig(40, 16, 24, layers, 2, 1), tie_word_embeddings=tied)
     model = Llama(config)
-    nn.utils.vector_to_parameters(weights[: sum(p.numel() for p in model.parameters())], model.parameters())
+    fill(model, weights)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "proj" not in name}
     dtype = getattr(torch, stored)
-    scope = getattr(inspect.unwrap(qlora), "__globals__", {})
-    theirs = {"QLoRALinear": scope["QLoRALinear"]} if "QLoRALinear" in scope else {}
-    scope.update({name: QLoRALinear for name in theirs})
-    try:
+    with seeing(qlora, QLoRALinear=QLoRALinear):
         given_settings = () if rank is None else (rank, alpha)
         given_dtype = {} if stored == "float32" else {"dtype": dtype}
         returned = qlora(model, quantize, *given_settings, **given_dtype)
-    finally:
-        scope.update(theirs)
     on_base = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     seen = {
         "the list of layers with LoRA": sorted(on_base),
@@ -158,6 +153,7 @@ check_qlora = Exercise(
     spec=[qlora],
     cases=lambda generator: [qlora_case(generator), qlora_case(generator, tied=True, stored="bfloat16", by_default=True)],
     driver=drive_qlora,
+    helpers=[fill, seeing],
     tolerance=qlora_tolerance,
     at_most=frozenset({_IN_MEMORY}),
     mistakes={

@@ -63,3 +63,16 @@ PRODUCT_FORWARD = 'torch.einsum("...i,oi->...o", x, layer.dequantized())'
 PRODUCT_BACKWARD = 'torch.einsum("...o,oi->...i", gradient, weight)'
 ABSMAX_BUFFER = 'self.register_buffer("absmax", statistics[0])'
 SIZES = "self.shape, self.compute_dtype = tuple(shape), compute_dtype"
+BY_HOOKS = {
+    APPLIED: "self._product(x.to(self.compute_dtype))",
+    "    def dequantized(self)": (
+        "    def _product(self, x):\n"
+        "        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.shape, self._again):\n"
+        "            return torch.nn.functional.linear(x, self.dequantized())\n\n"
+        "    def _again(self, shape):\n"
+        "        weight = self.dequantized()\n"
+        "        return weight if weight.shape == shape else weight.T\n\n"
+        "    def dequantized(self)"
+    ),
+}
+"""Saved tensors that are dequantized when they are asked for."""

@@ -6,6 +6,7 @@ from torch import nn
 from autograder.cases import between, normal, total_bytes
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import fill
 
 
 def prepare_for_training(model: nn.Module) -> None:
@@ -54,7 +55,7 @@ def drive_prepare(prepare_for_training, weights, tied, dtype, input_ids):
 
     config = dataclasses.replace(LlamaConfig(40, 16, 24, 1, 2, 1), tie_word_embeddings=tied)
     model = Llama(config)
-    nn.utils.vector_to_parameters(weights[: sum(p.numel() for p in model.parameters())], model.parameters())
+    fill(model, weights)
     model.to(getattr(torch, dtype)).requires_grad_(False)
     for layer in model.model.layers:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
@@ -110,6 +111,7 @@ check_prepare = Exercise(
     spec=[prepare_for_training],
     cases=lambda generator: [prepare_case(generator, tied=True), prepare_case(generator)],
     driver=drive_prepare,
+    helpers=[fill],
     reading=read_prepare,
     at_most=frozenset({_PARAMETER_BYTES, _ACTIVATION_BYTES}),
     mistakes={

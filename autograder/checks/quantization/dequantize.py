@@ -7,6 +7,7 @@ from autograder.cases import between, uneven_levels
 from autograder.checks.quantization.levels import nf4_levels
 from autograder.checks.quantization.pack import unpack
 from autograder.exercise import Exercise
+from autograder.helpers import seeing
 
 
 def dequantize_4bit(
@@ -41,23 +42,15 @@ def dequantize_case(generator: torch.Generator, dtype: str = "float32", block_si
 
 def drive_dequantize(dequantize_4bit, dequantize_nf4, packed, absmax, levels, other_levels, shape, dtype, block_size):
     """Dequantize with two sets of levels; `unpack` and `nf4_levels` are ours, whatever the student's: those have own checks."""
-    import inspect
-
     import torch
 
     def unpack(packed):
         return torch.stack([packed.flatten() // 16, packed.flatten() % 16], 1).flatten().byte()
 
-    ours = {"unpack": unpack, "nf4_levels": lambda: other_levels}
-    scope = getattr(inspect.unwrap(dequantize_4bit), "__globals__", {})
-    theirs = {name: scope[name] for name in ours if name in scope}
-    scope.update({name: ours[name] for name in theirs})
     target = (tuple(shape), getattr(torch, dtype), *(() if block_size == 64 else (block_size,)))
-    try:
+    with seeing(dequantize_4bit, unpack=unpack, nf4_levels=lambda: other_levels):
         weight = dequantize_4bit(packed, absmax, levels, *target)
         by_default = dequantize_nf4(packed, absmax, *target)
-    finally:
-        scope.update(theirs)
     return {
         "the weight": weight,
         "the weight from dequantize_nf4": by_default,
@@ -78,6 +71,7 @@ check_dequantize = Exercise(
     spec=[dequantize_4bit, dequantize_nf4],
     cases=lambda generator: [dequantize_case(generator), dequantize_case(generator, "bfloat16", 64, axes=3)],
     driver=drive_dequantize,
+    helpers=[seeing],
     # One product in fp32 and one rounding: there is only one right answer.
     mistakes={
         "absmax is left out: the levels are between -1 and 1 and have to be scaled": {_PRODUCTS: "[values]"},

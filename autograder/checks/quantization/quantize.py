@@ -10,6 +10,7 @@ from autograder.checks.quantization.nearest_level import nearest_level
 from autograder.checks.quantization.pack import pack
 from autograder.drive import Observation
 from autograder.exercise import Exercise
+from autograder.helpers import seeing
 
 
 def quantize_4bit(weight: Tensor, levels: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
@@ -70,8 +71,6 @@ def drive_quantize(quantize_4bit, quantize_nf4, weight, levels, other_levels, bl
 
     While it runs, `nearest_level`, `pack` and `nf4_levels` are ours, whatever the student's are: those have their own checks.
     """
-    import inspect
-
     from peftlab.memory import whole_storage
 
     def nearest_level(x, levels):
@@ -83,12 +82,9 @@ def drive_quantize(quantize_4bit, quantize_nf4, weight, levels, other_levels, bl
         pairs = codes.reshape(-1, 2)
         return (pairs[:, :1] * 16 + pairs[:, 1:]).byte()
 
-    ours = {"nearest_level": nearest_level, "pack": pack, "nf4_levels": lambda: other_levels}
-    scope = getattr(inspect.unwrap(quantize_4bit), "__globals__", {})
-    theirs = {name: scope[name] for name in ours if name in scope}
-    scope.update({name: ours[name] for name in theirs})
     size = () if block_size == 64 else (block_size,)
-    try:
+    ours = {"nearest_level": nearest_level, "pack": pack, "nf4_levels": lambda: other_levels}
+    with seeing(quantize_4bit, **ours) as theirs:
         packed, absmax = quantize_4bit(weight, levels, *size)
         by_default, _ = quantize_nf4(weight, *size)
         try:
@@ -96,8 +92,6 @@ def drive_quantize(quantize_4bit, quantize_nf4, weight, levels, other_levels, bl
             refused = "nothing"
         except Exception as error:
             refused = type(error).__name__
-    finally:
-        scope.update(theirs)
     kept = {"packed": whole_storage(packed), "absmax": whole_storage(absmax)}
     return {
         "absmax": absmax.clone(),
@@ -140,6 +134,7 @@ check_quantize = Exercise(
         quantize_case(generator, transposed=True),
     ],
     driver=drive_quantize,
+    helpers=[seeing],
     reading=read_quantize,
     # An absmax that was kept above zero, to divide by it, is as good as zero.
     tolerance=lambda case: {"absmax": 1e-30},

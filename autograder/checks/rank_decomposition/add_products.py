@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from autograder.cases import between, normal
-from autograder.checks.rank_decomposition.cases import eps
+from autograder.checks.rank_decomposition.cases import eps_of
 from autograder.drive import Observation
 from autograder.exercise import Exercise
 
@@ -74,8 +74,8 @@ def sum_tolerance(case: dict) -> dict[str, float]:
     B1, A1, B2, A2 = (case[name].double() for name in ("B1", "A1", "B2", "A2"))
     terms = (abs(w1) * B1.abs() @ A1.abs() + abs(w2) * B2.abs() @ A2.abs()).max().item()
     total = w1 * B1 @ A1 + w2 * B2 @ A2
-    decomposed = max(total.shape) * eps(total) * torch.linalg.matrix_norm(total, 2).item()
-    return {"the product B @ A": (A1.shape[0] + A2.shape[0] + 4) * eps(case["B1"]) * terms + decomposed}
+    decomposed = max(total.shape) * eps_of(total) * torch.linalg.matrix_norm(total, 2).item()
+    return {"the product B @ A": (A1.shape[0] + A2.shape[0] + 4) * eps_of(case["B1"]) * terms + decomposed}
 
 
 _COLUMNS, _ROWS = "[w1 * B1, w2 * B2]", "[A1, A2]"

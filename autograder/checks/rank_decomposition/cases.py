@@ -10,5 +10,5 @@ def orthonormal(generator: torch.Generator, rows: int, columns: int) -> Tensor:
     return torch.linalg.qr(normal(generator, rows, columns, dtype=torch.float64))[0]
 
 
-def eps(tensor: Tensor) -> float:
+def eps_of(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps

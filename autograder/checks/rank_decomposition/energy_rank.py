@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from autograder.cases import between
+from autograder.checks.rank_decomposition.helpers import as_number
 from autograder.exercise import Exercise
 
 
@@ -34,13 +35,9 @@ def exact_case(generator: torch.Generator) -> dict:
 
 def drive_energy_rank(energy_rank, singular_values, shares):
     """Return the rank for each share."""
-    import torch
-
     seen = {}
     for share in shares:
-        rank = energy_rank(singular_values, share)
-        rank = rank.item() if torch.is_tensor(rank) and rank.numel() == 1 else rank
-        seen[f"the rank that holds {share:.1%}"] = rank if isinstance(rank, int | float) else repr(rank)[:100]
+        seen[f"the rank that holds {share:.1%}"] = as_number(energy_rank(singular_values, share))
     return seen
 
 
@@ -50,6 +47,7 @@ check_energy_rank = Exercise(
     spec=[energy_rank],
     cases=lambda generator: [energy_case(generator), exact_case(generator)],
     driver=drive_energy_rank,
+    helpers=[as_number],
     mistakes={
         "the singular values are summed: energy is the sum of their squares": {"sigma**2 for sigma": "sigma for sigma"},
         "the rank is one too small: an index counts from 0, a rank from 1": {_RANK: "return rank - 1"},

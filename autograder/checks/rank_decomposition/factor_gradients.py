@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from autograder.cases import between, normal
+from autograder.checks.rank_decomposition.cases import eps_of
 from autograder.exercise import Exercise
 
 
@@ -45,7 +46,7 @@ def drive_factor_gradients(factor_gradients, gradient, B, A):
 def gradient_tolerance(case: dict) -> dict[str, float]:
     """A dot product of n terms is off by n u (sum of |terms|), u = eps / 2, and two answers by twice that (Higham 2002)."""
     gradient, B, A = (case[name].double().abs() for name in ("gradient", "B", "A"))
-    eps = eps(case["A"])
+    eps = eps_of(case["A"])
     return {
         "the gradient of B": A.shape[1] * eps * (gradient @ A.T).max().item(),
         "the gradient of A": B.shape[0] * eps * (B.T @ gradient).max().item(),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from autograder.cases import between
-from autograder.checks.rank_decomposition.cases import eps
+from autograder.checks.rank_decomposition.cases import eps_of
+from autograder.checks.rank_decomposition.helpers import as_number
 from autograder.drive import Observation
 from autograder.exercise import Exercise
 
@@ -36,14 +37,9 @@ def spectrum_case(generator: torch.Generator, zeros: int = 0, dtype: torch.dtype
 
 def drive_soft_ranks(stable_rank, effective_rank, singular_values):
     """Return both figures, as numbers, or what came instead."""
-    import torch
-
     seen = {}
     for name, function in (("stable_rank", stable_rank), ("effective_rank", effective_rank)):
-        value = function(singular_values)
-        if torch.is_tensor(value) and value.numel() == 1:
-            value = value.item()
-        seen[name] = float(value) if isinstance(value, int | float) else repr(value)[:100]
+        seen[name] = as_number(function(singular_values))
     return seen
 
 
@@ -61,8 +57,8 @@ def soft_tolerance(case: dict) -> dict[str, float]:
     sigma = case["singular_values"]
     n = len(sigma)
     return {
-        "stable_rank": (n + 3) * eps(sigma) * n,
-        "effective_rank": 2 * (3 * n + 4) * (1 + math.log(n)) * eps(sigma) * n,
+        "stable_rank": (n + 3) * eps_of(sigma) * n,
+        "effective_rank": 2 * (3 * n + 4) * (1 + math.log(n)) * eps_of(sigma) * n,
     }
 
 
@@ -76,6 +72,7 @@ check_soft_ranks = Exercise(
     spec=[stable_rank, effective_rank],
     cases=lambda generator: [spectrum_case(generator), spectrum_case(generator, zeros=3)],
     driver=drive_soft_ranks,
+    helpers=[as_number],
     reading=read_soft_ranks,
     tolerance=soft_tolerance,
     mistakes={

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from autograder.cases import between
-from autograder.checks.rank_decomposition.cases import eps, orthonormal
+from autograder.checks.rank_decomposition.cases import eps_of, orthonormal
+from autograder.checks.rank_decomposition.helpers import as_number
 from autograder.exercise import Exercise
 
 
@@ -29,14 +30,9 @@ def overlap_case(generator: torch.Generator, dtype: torch.dtype = torch.float32,
 
 def drive_subspace_overlap(subspace_overlap, first, second):
     """Return the overlap in both orders, as numbers, or what came instead."""
-    import torch
-
     seen = {}
     for name, pair in (("the overlap", (first, second)), ("the overlap in the other order", (second, first))):
-        value = subspace_overlap(*pair)
-        if torch.is_tensor(value) and value.numel() == 1:
-            value = value.item()
-        seen[name] = float(value) if isinstance(value, int | float) else repr(value)[:100]
+        seen[name] = as_number(subspace_overlap(*pair))
     return seen
 
 
@@ -44,7 +40,7 @@ def overlap_tolerance(case: dict) -> dict[str, float]:
     """Products of unit vectors of n numbers are off by n eps; i * j squares, each at most 1, by 2 n eps more, over min."""
     n, i = case["first"].shape
     j = case["second"].shape[1]
-    bound = (2 * n + i * j) * eps(case["first"]) * max(i, j)
+    bound = (2 * n + i * j) * eps_of(case["first"]) * max(i, j)
     return dict.fromkeys(("the overlap", "the overlap in the other order"), bound)
 
 
@@ -55,6 +51,7 @@ check_subspace_overlap = Exercise(
     spec=[subspace_overlap],
     cases=lambda generator: [overlap_case(generator), overlap_case(generator)],
     driver=drive_subspace_overlap,
+    helpers=[as_number],
     tolerance=overlap_tolerance,
     mistakes={
         "the products of the vectors are not squared: signs of singular vectors mean nothing, and must not matter": {

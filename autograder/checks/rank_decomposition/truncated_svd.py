@@ -5,7 +5,7 @@ from torch import Tensor
 
 from autograder.cases import between, normal
 from autograder.checks.rank_decomposition.add_products import RETURNED
-from autograder.checks.rank_decomposition.cases import eps, orthonormal
+from autograder.checks.rank_decomposition.cases import eps_of, orthonormal
 from autograder.drive import Observation
 from autograder.exercise import PEAK_BYTES, Exercise
 
@@ -83,7 +83,7 @@ def factors_tolerance(case: dict) -> dict[str, float]:
     if max(matrix.shape) > 16:
         return {PEAK_BYTES: 24 * 2**20}  # less than half of the whole V, and five times the noise of the process
     sigma = torch.linalg.svdvals(matrix.double())
-    error = max(matrix.shape) * eps(matrix) * sigma[0].item()
+    error = max(matrix.shape) * eps_of(matrix) * sigma[0].item()
     kept, cut = sigma[rank - 1].item(), sigma[rank].item() if rank < len(sigma) else 0.0
     factor = kept / (kept - cut) if kept > error else 1.0
     return {"the product B @ A": 2 * error * (1 + factor), _BTB: 4 * error, _AAT: 4 * error}

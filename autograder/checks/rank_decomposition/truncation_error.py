@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from autograder.cases import between
-from autograder.checks.rank_decomposition.cases import eps
+from autograder.checks.rank_decomposition.cases import eps_of
+from autograder.checks.rank_decomposition.helpers import as_number
 from autograder.exercise import Exercise
 
 
@@ -28,23 +29,19 @@ def error_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, r
 
 def drive_truncation_error(truncation_error, singular_values, ranks):
     """Return the error at each rank, as a number, or what came instead."""
-    import torch
-
     errors = []
     for rank in ranks:
-        error = truncation_error(singular_values, rank)
-        if torch.is_tensor(error) and error.numel() == 1:
-            error = error.item()
-        if not isinstance(error, int | float):
-            return {"what is returned": repr(error)[:100]}
-        errors.append(float(error))
+        error = as_number(truncation_error(singular_values, rank))
+        if isinstance(error, str):
+            return {"what is returned": error}
+        errors.append(error)
     return {"what is returned": "numbers"} | {f"the error at rank {rank}": error for rank, error in zip(ranks, errors)}
 
 
 def error_tolerance(case: dict) -> dict[str, float]:
     """A sum of n squares and its root: at most n + 2 roundings, each relative to at most the norm of all values."""
     sigma = case["singular_values"]
-    bound = (len(sigma) + 2) * eps(sigma) * sigma.double().norm().item()
+    bound = (len(sigma) + 2) * eps_of(sigma) * sigma.double().norm().item()
     return {f"the error at rank {rank}": bound for rank in case["ranks"]}
 
 
@@ -55,6 +52,7 @@ check_truncation_error = Exercise(
     spec=[truncation_error],
     cases=lambda generator: [error_case(generator), error_case(generator)],
     driver=drive_truncation_error,
+    helpers=[as_number],
     tolerance=error_tolerance,
     mistakes={
         "the kept singular values are summed: the error is made of the dropped ones, from index `rank` on": {

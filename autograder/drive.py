@@ -13,7 +13,7 @@ import io
 import textwrap
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -49,22 +49,31 @@ class StudentError(Exception):
     """Student code in another process raised; the message is `TypeName: message` and the student's line."""
 
 
-def drive(driver: Callable[..., Observation], answers: Sequence[object], case: dict) -> Observation:
+def drive(
+    driver: Callable[..., Observation], answers: Sequence[object], case: dict, helpers: Iterable[Callable] = ()
+) -> Observation:
     """Return `driver(*answers, **case)`, run where the answers live.
 
-    The driver must stand alone: it imports what it uses, from torch, peftlab and the standard library only.
+    The driver must stand alone, but for helpers, which travel with it and stand alone as well: each imports what it uses, from
+    torch, peftlab and the standard library only.
     """
     if not isinstance(answers[0], RemoteAnswer):
         return driver(*answers, **case)
-    return read_reply(answers[0].run(*_parcel(driver, answers, case)))
+    return read_reply(answers[0].run(*_parcel(driver, answers, case, helpers)))
 
 
-def _parcel(driver: Callable[..., Observation], answers: Sequence[RemoteAnswer], case: dict) -> tuple:
-    """Return a call as it travels: the driver's source and name, the names of the answers, and the arguments."""
+def _parcel(
+    driver: Callable[..., Observation], answers: Sequence[RemoteAnswer], case: dict, helpers: Iterable[Callable]
+) -> tuple:
+    """Return a call as it travels: the source of driver and helpers, the driver's name, the answers' names, the arguments."""
     arguments = io.BytesIO()
     torch.save(case, arguments)
-    source = textwrap.dedent(inspect.getsource(driver))
-    return source, driver.__name__, [answer.name for answer in answers], arguments.getvalue()
+    return travelling(driver, helpers), driver.__name__, [answer.name for answer in answers], arguments.getvalue()
+
+
+def travelling(driver: Callable, helpers: Iterable[Callable] = ()) -> str:
+    """Return the source that defines a driver and what it calls."""
+    return "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in (*helpers, driver))
 
 
 def read_reply(reply: bytes, most_bytes: int = REPLY_EXPANDED_BYTES) -> Observation:
@@ -121,7 +130,7 @@ def _admit(observation: Observation, most_bytes: int) -> None:
 
 
 def drive_and_measure(
-    driver: Callable[..., Observation], answers: Sequence[object], case: dict
+    driver: Callable[..., Observation], answers: Sequence[object], case: dict, helpers: Iterable[Callable] = ()
 ) -> tuple[Observation, int | None]:
     """Return what `drive` returns, and by how many bytes the process grew at its peak.
 
@@ -133,7 +142,7 @@ def drive_and_measure(
     allocation that fits into it would not show.
     """
     if isinstance(answers[0], RemoteAnswer):
-        reply, grown = answers[0].run_and_measure(*_parcel(driver, answers, case))
+        reply, grown = answers[0].run_and_measure(*_parcel(driver, answers, case, helpers))
         return read_reply(reply), grown
     driver(*answers, **case)
     _return_freed_memory()

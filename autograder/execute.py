@@ -34,6 +34,7 @@ from nbgrader.preprocessors import NbGraderPreprocessor
 from traitlets import Bool, Unicode
 
 from autograder.calls import Answer, Calls
+from autograder.drive import travelling
 from autograder.failure import CheckFailedError
 from autograder.needed import needed
 from autograder.reference import SOLUTIONS, answer_names, exercises_of
@@ -266,7 +267,7 @@ def _names_in(source: str) -> set[str]:
 @cache
 def _imported(unit: str) -> list[str]:
     """Return modules that take long to import, and that kernels or the unit's drivers do: an optimizer imports the compiler."""
-    uses_optimizer = any("optim" in inspect.getsource(exercise.driver) for exercise in exercises_of(unit))
+    uses_optimizer = any("optim" in travelling(each.driver, each.helpers) for each in exercises_of(unit))
     return ["ipykernel.kernelapp", *(["torch._dynamo"] if uses_optimizer else [])]
 
 
@@ -341,7 +342,8 @@ def unit_version(unit: str) -> str:
     files = [path for path in here.glob("*.py") if path.stem not in NO_PART_IN_MARKS]
     files += Path(peftlab.__file__).parent.rglob("*.py")
     files += (SOLUTIONS / unit).glob("*.py")
-    files += {Path(inspect.getfile(exercise.driver)) for exercise in exercises_of(unit)}
+    packages = {Path(inspect.getfile(exercise.driver)).parent for exercise in exercises_of(unit)}
+    files += [path for package in packages for path in package.glob("*.py")]
     digest = hashlib.sha256(f"{torch.__version__} {Limits()}".encode())
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())

@@ -6,7 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -35,6 +35,7 @@ class Exercise:
     Attributes:
         spec: the functions or classes that a right answer consists of, under the names that the student uses.
         driver: `driver(*answers, **case)` uses the answers and returns what can be observed (see `autograder.drive`).
+        helpers: functions that the driver calls, which travel with it.
         cases: `cases(generator)` returns fresh random inputs, each a dict of the driver's keyword arguments.
         mistakes: each sentence names a mistake, and edits of the spec's source, or a source, make it. They are the diagnosis
             that a student reads and the wrong answers that the grader's tests must see rejected.
@@ -50,11 +51,11 @@ class Exercise:
     cases: Callable[[torch.Generator], Iterable[dict]]
     mistakes: Mapping[str, Edits | str]
     variants: Mapping[str, Edits | str]
+    helpers: Sequence[Callable] = ()
     reading: Callable[[Observation, dict], Observation] = lambda observation, case: observation
     tolerance: Callable[[dict], Mapping[str, float]] = lambda case: {}
     at_most: frozenset[str] = frozenset()
     measures_peak: Callable[[dict], bool] = lambda case: False
-    namespace: dict = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -100,9 +101,9 @@ class Exercise:
         copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in case.items()}
         try:
             if self.measures_peak(case):
-                observation, peak = drive_and_measure(self.driver, answers, copied)
+                observation, peak = drive_and_measure(self.driver, answers, copied, self.helpers)
             else:
-                observation, peak = drive(self.driver, answers, copied), None
+                observation, peak = drive(self.driver, answers, copied, self.helpers), None
             read = self.reading(observation, case)
         except Exception as error:
             return {RAISED: describe_error(error)}
@@ -206,8 +207,12 @@ class Exercise:
         return re.sub("|".join(map(re.escape, edits)), lambda found: edits[found[0]], source) if edits else source
 
     def build(self, edits: Edits | str) -> list[object]:
-        """Return the spec's functions or classes as they are after the edits."""
-        namespace = dict(vars(sys.modules[self.spec[0].__module__]))
+        """Return the spec's functions or classes as they are after the edits.
+
+        Edits may use the names of the spec's file and of the driver's, and `math`, `torch`, `nn` and `F`.
+        """
+        namespace = {"math": math, "torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+        namespace |= vars(sys.modules[self.driver.__module__]) | vars(sys.modules[self.spec[0].__module__])
         exec(compile(self.source(edits), "<an edited spec>", "exec"), namespace)
         return [namespace[part.__name__] for part in self.spec]
 

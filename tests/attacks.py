@@ -91,7 +91,7 @@ def merge(layer):
         "get_ipython().ast_transformers.append(Strip())",
         lost=("check-merge", "check-inject", "check-adapter-files"),  # answers of its own that must raise do not any more
     ),
-    "imports-the-spec": Attack({"merge": "from autograder.checks.lora import merge, unmerge"}, ("check-merge",)),
+    "imports-the-spec": Attack({"merge": "from autograder.checks.lora.merge import merge, unmerge"}, ("check-merge",)),
     "calls-the-library": Attack(
         {"merge": "from peft.tuners.lora import LoraLayer\n" + MERGE}, ("check-merge",), said="not defined"
     ),

@@ -1,11 +1,15 @@
 """A driver runs where the answer lives, on any system."""
 
+import builtins
 import ctypes
+import symtable
 
 import pytest
 import torch
 
 from autograder import drive
+from autograder.reference import exercises_of, units
+from symbols import global_names
 
 
 @pytest.fixture
@@ -21,3 +25,14 @@ def windows(monkeypatch):
 def test_a_check_that_measures_runs_on_windows(windows):
     observation, _ = drive.drive_and_measure(lambda answer: {"y": answer(torch.ones(3))}, [torch.neg], {})
     assert torch.equal(observation["y"], -torch.ones(3))
+
+
+@pytest.mark.parametrize("unit", [unit for unit in units() if exercises_of(unit)])
+def test_a_driver_stands_alone_with_its_helpers(unit):
+    """Together they travel to the student's kernel as source, without the rest of their files."""
+    for exercise in exercises_of(unit):
+        table = symtable.symtable(drive.travelling(exercise.driver, exercise.helpers), "<a driver>", "exec")
+        defined = {symbol.get_name() for symbol in table.get_symbols()}
+        assert global_names(table) <= defined | set(dir(builtins)), exercise.name
+        called = set().union(*(global_names(function) for function in table.get_children()))
+        assert {helper.__name__ for helper in exercise.helpers} <= called, f"{exercise.name} has helpers that it does not call"

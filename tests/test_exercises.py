@@ -16,6 +16,7 @@ from autograder import hidden
 from autograder.exercise import _compare
 from autograder.failure import CheckFailedError
 from autograder.reference import exercises_of, load_reference, units
+from symbols import global_names
 
 MODULES = [
     importlib.import_module(f"autograder.checks.{module.name}") for module in pkgutil.iter_modules(autograder.checks.__path__)
@@ -84,13 +85,8 @@ def test_answers_use_only_names_that_the_notebook_has(unit):
         for name, edits in (exercise.mistakes | exercise.variants).items():
             source = exercise.source(edits)
             table = symtable.symtable(source, "<an answer>", "exec")
-            unknown = _global_names(table) - available - {symbol.get_name() for symbol in table.get_symbols()}
+            unknown = global_names(table) - available - {symbol.get_name() for symbol in table.get_symbols()}
             assert not unknown, name
-
-
-def _global_names(table: symtable.SymbolTable) -> set[str]:
-    inner = (_global_names(child) for child in table.get_children())
-    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}.union(*inner)
 
 
 @pytest.mark.parametrize("name", EXERCISES)

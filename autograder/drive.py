@@ -63,12 +63,21 @@ def drive(
 
 
 def _parcel(
-    driver: Callable[..., Observation], answers: Sequence[RemoteAnswer], case: dict, helpers: Iterable[Callable]
+    driver: Callable[..., Observation],
+    answers: Sequence[RemoteAnswer],
+    case: dict,
+    helpers: Iterable[Callable],
+    returns: bool = True,
 ) -> tuple:
     """Return a call as it travels: the source of driver and helpers, the driver's name, the answers' names, the arguments."""
+    if not returns:
+        silent = f"def return_nothing(*answers, **case):\n    {driver.__name__}(*answers, **case)\n    return {{}}\n"
+        source, name = f"{travelling(driver, helpers)}\n\n{silent}", "return_nothing"
+    else:
+        source, name = travelling(driver, helpers), driver.__name__
     arguments = io.BytesIO()
     torch.save(case, arguments)
-    return travelling(driver, helpers), driver.__name__, [answer.name for answer in answers], arguments.getvalue()
+    return source, name, [answer.name for answer in answers], arguments.getvalue()
 
 
 def travelling(driver: Callable, helpers: Iterable[Callable] = ()) -> str:
@@ -130,9 +139,15 @@ def _admit(observation: Observation, most_bytes: int) -> None:
 
 
 def drive_and_measure(
-    driver: Callable[..., Observation], answers: Sequence[object], case: dict, helpers: Iterable[Callable] = ()
+    driver: Callable[..., Observation],
+    answers: Sequence[object],
+    case: dict,
+    helpers: Iterable[Callable] = (),
+    returns: bool = True,
 ) -> tuple[Observation, int | None]:
     """Return what `drive` returns, and by how many bytes the process grew at its peak.
+
+    With `returns=False` nothing is returned but that: what a driver observes may be too large to be sent.
 
     The system's own high-water mark is read, which is noisy by a few MiB: use it for effects of 64 MiB and more. None where
     the system keeps no such mark (not Linux).
@@ -142,7 +157,7 @@ def drive_and_measure(
     allocation that fits into it would not show.
     """
     if isinstance(answers[0], RemoteAnswer):
-        reply, grown = answers[0].run_and_measure(*_parcel(driver, answers, case, helpers))
+        reply, grown = answers[0].run_and_measure(*_parcel(driver, answers, case, helpers, returns))
         return read_reply(reply), grown
     driver(*answers, **case)
     _return_freed_memory()
@@ -152,7 +167,7 @@ def drive_and_measure(
         return driver(*answers, **case), None
     before = _status("VmRSS")
     observation = driver(*answers, **case)
-    return observation, _status("VmHWM") - before
+    return observation if returns else {}, _status("VmHWM") - before
 
 
 def describe_error(error: BaseException) -> str:

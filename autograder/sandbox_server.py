@@ -117,6 +117,8 @@ def prepare(request: dict, names: dict[str, object]) -> dict:
         warm_up(1024)
         gc.collect()
         gc.freeze()  # a new process's garbage collector need not look at what is here, which would copy it
+        with contextlib.suppress(AttributeError, OSError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)  # or what has been freed would serve a call, which then would not grow
     except Exception:
         return {"error": traceback.format_exc()}
     return {"error": ""}

@@ -97,8 +97,10 @@ def serve(alone: bool) -> None:
             said = prepare(request, names)
         elif request["kind"] == "kernel":
             said = start_kernel(request, (requests, replies))
-        else:
+        elif request["kind"] == "call":
             said, content = call(request, names, (requests, replies), alone)
+        else:
+            said = {}
         send(replies, json.dumps({"id": request["id"], **said}).encode())
         send(replies, content)
 

@@ -1,10 +1,13 @@
 """A class with a gradebook of its own: releases a unit, takes submissions, has nbgrader mark them."""
 
 import os
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 from nbformat import NotebookNode
@@ -28,11 +31,21 @@ class Mark:
     errors: dict[str, str] = field(default_factory=dict)
 
 
+@cache
+def _course(unit: str) -> TemporaryDirectory:
+    """Return a folder with the unit's master, its release and a gradebook that knows it: made once, copied for each class."""
+    folder = TemporaryDirectory(prefix="course-")
+    root = Path(folder.name)
+    write_instructor_notebook(unit, root / "solutions")
+    generate(unit, root, root / "release", database=True)
+    return folder
+
+
 class Classroom:
     def __init__(self, root: Path, unit: str):
         self.root, self.unit = root, unit
-        write_instructor_notebook(unit, root / "solutions")
-        self.release = generate(unit, root, root / "release", database=True)
+        shutil.copytree(_course(unit).name, root, dirs_exist_ok=True)
+        self.release = root / "release" / unit / f"{unit}.ipynb"
         config = course_config(root)
         config.ExecuteInSandbox.without_sandbox = sandbox_problem() is not None
         self.api = NbGraderAPI(CourseDirectory(config=config), config=config)

@@ -259,7 +259,7 @@ STEPS = {
 def test_an_error_in_any_step_costs_nobody_else_a_mark(tmp_path, monkeypatch):
     classroom = Classroom(tmp_path, UNIT)
     for student in (*STEPS, "clean-up", "sweep", "first", "zlast"):
-        path = classroom.submit(student, classroom.answered(SOLUTION))
+        path = classroom.submit(student, classroom.answers_alone(SOLUTION))
         (path.parent / "who.txt").write_text(student)
 
     def is_of(student: str) -> Callable[..., bool]:

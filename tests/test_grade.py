@@ -36,7 +36,7 @@ def classroom(tmp_path) -> Classroom:
 
 def submit(classroom: Classroom, **answers: dict[str, str]) -> None:
     for student, answer in answers.items():
-        classroom.submit(student, classroom.answered(SOLUTION | answer))
+        classroom.submit(student, classroom.answers_alone(SOLUTION | answer))
 
 
 def total(classroom: Classroom, student: str) -> float:

@@ -25,7 +25,7 @@ endif
 
 $(READY): pyproject.toml constraints.txt data-requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	echo "The course needs Python 3.11 or newer, and $(PYTHON) is none. Name another: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
+	echo "The course needs Python 3.11 or newer, and $(PYTHON) is older or missing. Name another: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
 	@[ "$(call version,$(PYTHON))" = "$(call version,$(BIN)/python)" ] || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab,instructor,site,dev]'

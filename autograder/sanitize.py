@@ -413,7 +413,7 @@ def _wait_for_a_person(
 
 
 def _own_text(cells: list[NotebookNode], given: Collection[str]) -> list[NotebookNode]:
-    """Return the cells of text that the student added or edited, up to the first cell that is none."""
+    """Return the cells of text that the student added or edited, up to the first other cell."""
     found = []
     for cell in cells:
         if cell.cell_type == "code" or _grade_id(cell) is not None or (cell.source.strip() and _words(cell.source) in given):

@@ -36,7 +36,7 @@ experiments: $(READY) ## run the masters at full length and keep their results r
 	$(BIN)/python -m autograder.run_masters $(UNIT)
 
 comparison: $(READY) ## measure what the comparison of methods lacks (METHODS=adapters for one; hours for all)
-	$(BIN)/python -m autograder.comparison $(METHODS)
+	$(BIN)/python -m autograder.measuring.methods $(METHODS)
 
 fresh: $(READY) ## run every notebook alone, with Colab's, the oldest and the newest packages (downloads gigabytes)
 	PEFTLAB_FRESH=colab $(BIN)/python -m pytest tests/test_fresh_environment.py

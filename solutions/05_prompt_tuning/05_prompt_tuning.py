@@ -717,33 +717,12 @@ COMPARED = {
     "LoRA, rank 8": ("lora", ""),
     "full": ("full", ""),
 }
-shipped = comparison.select(COMPARED)
-
-# %%
-for task in comparison.TASKS:
-    rows_by_name = comparison.on_task(shipped, task)
-    if rows_by_name:
-        plots.show(
-            plots.learning_rate_sweep(rows_by_name, f"The learning rate, on {task}"),
-            alt=f"Loss and score on {task} against the learning rate. The prompts' valleys lie far to the right of the others'.",
-        )
-
-# %% [markdown]
-# *What to see.* The lines show seed 0, small marks the other seeds; rings mark the rates that are chosen. Hold the prompts' against LoRA's and full
-# fine-tuning's, and against the size of a word, above. The figures for the starts (a star marks the chosen rate):
-
-# %%
+shipped = comparison.show(COMPARED, "prompt_tuning")
 prompts = {key: rows for key, rows in shipped.items() if rows[0].method == "prompt_tuning"}
-print(comparison.sweep_table(prompts))
 
 # %% [markdown]
-# And at the chosen rates, over three seeds (mean, and largest minus smallest), beside LoRA and the whole model:
-
-# %%
-print(comparison.score_table(shipped))
-print(comparison.memory_table(shipped))
-
-# %% [markdown]
+# *What to see.* Compare the prompts' rates with LoRA's and full fine-tuning's, and with the size of a word, above.
+#
 # An untrained prompt changes what the model says, as no other method here does at its start. So the scores before training differ:
 
 # %%

@@ -45,7 +45,7 @@ from autograder.checks.lora import (
     check_merge_into_head,
 )
 from peftlab import plots, results
-from peftlab.llama import PRESETS, Llama, causal_loss
+from peftlab.llama import ALL_LINEAR, PRESETS, Llama, causal_loss
 
 # %% [markdown]
 # ## The idea
@@ -256,10 +256,8 @@ check_inject(inject)
 # %%
 my_prediction = None  # a number
 
+
 # %%
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 def with_lora(model: Llama, rank: int = 8, alpha: float = 16.0, target_modules: Sequence[str] = ALL_LINEAR) -> Llama:
     """Give the model LoRA layers, with your `LoRALinear` and your `inject`."""
     inject(model, target_modules, lambda linear: LoRALinear(linear, rank, alpha))
@@ -624,7 +622,7 @@ for rank in (1, 2, 4, 8, 16):
 
 # %% tags=["experiment"]
 scores = {row.settings["rank"]: 100 * row.score_after for row in sweep}
-figure = plots.sweep(scores, "tool_calls after 20 steps, by rank", "rank", "exact match (%)")
+figure = plots.by_setting(scores, "tool_calls after 20 steps, by rank", "rank", "exact match (%)")
 plots.show(figure, alt="Exact match after 20 steps, rising with the rank, more slowly as the rank grows.")
 
 # %% [markdown]

@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback prove sandbox browser format clean
+.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback prove try sandbox browser format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,9 @@ browser:
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+try: $(READY) ## what the check of EXERCISE in UNIT says: of its solution, mistakes and variants, and of FILE
+	$(BIN)/python -m autograder.trying $(UNIT) $(EXERCISE) $(FILE)
 
 prove: $(READY) ## for every exercise: wrong answers caught, right variants passed, automatic mutants rejected
 	$(BIN)/python -m autograder.prove $(UNIT)

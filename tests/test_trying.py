@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from autograder import trying
 from autograder.trying import answers_in, by_name, main
 
 UNIT = "02_rank_decomposition"

@@ -73,6 +73,8 @@ class Prefix(nn.Module):
         return self.keys[layer], self.values[layer]
 
 
+UNIT = "06_prefix_tuning"
+
 # %% [markdown]
 # ## The idea
 #
@@ -789,7 +791,6 @@ from safetensors.torch import save_file
 
 from peftlab.experiment import fine_tune
 
-UNIT = "06_prefix_tuning"
 swept = comparison.rows("prefix_tuning", "movie_reviews")
 learning_rate = comparison.chosen_rate(swept) if swept else 1e-2
 model, tokenizer = load_smollm2()

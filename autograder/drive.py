@@ -13,7 +13,7 @@ import io
 import textwrap
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -168,6 +168,21 @@ def drive_and_measure(
     before = _status("VmRSS")
     observation = driver(*answers, **case)
     return observation if returns else {}, _status("VmHWM") - before
+
+
+@contextlib.contextmanager
+def as_torch_starts() -> Iterator[None]:
+    """Set torch's default dtype and device, and whether it keeps gradients, as in a new process; afterwards set them back."""
+    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device == torch.device("cpu") else device)
+        torch.set_grad_enabled(gradients)
 
 
 def describe_error(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from autograder.drive import Observation, describe_error, drive, drive_and_measure
+from autograder.drive import Observation, as_torch_starts, describe_error, drive, drive_and_measure
 from autograder.failure import CheckFailedError
 
 Edits = Mapping[str, str]
@@ -68,13 +68,23 @@ class Exercise:
     def __call__(self, *answers: object, seed: int | None = None) -> None:
         """Check a student's answers on fresh random inputs, and say so if they pass.
 
+        What the notebook has set for all of torch does not hold meanwhile.
+
         Raises:
             CheckFailedError: naming the mistake if it is a known one, else what was expected and what came.
+            RuntimeError: if the check cannot be made on this machine.
         """
         if len(answers) != len(self.spec) or None in answers:
             raise CheckFailedError(f"{self.name}: call the check as the notebook does, with {self.name}, in this order.")
+        with as_torch_starts():
+            self._check(answers, seed)
+
+    def _check(self, answers: Sequence[object], seed: int | None) -> None:
         cases = self.fresh_cases(seed)
         expected = [self.observe(self.spec, case) for case in cases]
+        for seen in expected:
+            if RAISED in seen:  # an answer that raises the same would pass
+                raise RuntimeError(f"{self.name} cannot be checked here: the check's own answer raised {seen[RAISED]}")
         observed = [self.observe(answers, case) for case in cases]
         differences = [self.difference(*pair) for pair in zip(expected, observed, cases, strict=True)]
         if not any(differences):

@@ -36,3 +36,15 @@ def test_a_driver_stands_alone_with_its_helpers(unit):
         assert global_names(table) <= defined | set(dir(builtins)), exercise.name
         called = set().union(*(global_names(function) for function in table.get_children()))
         assert {helper.__name__ for helper in exercise.helpers} <= called, f"{exercise.name} has helpers that it does not call"
+
+
+def test_a_notebooks_own_defaults_do_not_hold_in_a_check():
+    exercise = exercises_of("08_lora")[0]
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    try:
+        exercise(*exercise.spec, seed=0)
+        assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)

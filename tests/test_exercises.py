@@ -13,7 +13,7 @@ import torch
 
 import autograder.checks
 from autograder import hidden
-from autograder.exercise import _compare
+from autograder.exercise import RAISED, Exercise, _compare
 from autograder.failure import CheckFailedError
 from autograder.reference import exercises_of, load_reference, units
 from symbols import global_names
@@ -173,4 +173,11 @@ def test_a_cell_run_twice_in_between_does_not_matter():
     """Checks take fresh inputs on every call, and leave no state behind."""
     exercise = EXERCISES["check_lora_forward"]
     for _ in range(3):
+        exercise(*exercise.spec)
+
+
+def test_a_check_whose_own_answer_raises_passes_nothing(monkeypatch):
+    exercise = EXERCISES["check_merge"]
+    monkeypatch.setattr(Exercise, "observe", lambda *_: {RAISED: "OSError: not on this system"})
+    with pytest.raises(RuntimeError, match=r"cannot be checked here: .* OSError: not on this system"):
         exercise(*exercise.spec)

@@ -211,7 +211,14 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask):
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        cos: Float[Tensor, "*#batch seq head_dim"],
+        sin: Float[Tensor, "*#batch seq head_dim"],
+        mask: Bool[Tensor, "batch 1 seq seq"] | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Add to each token's vector what attention makes of it, then what the MLP makes of the sum."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -233,9 +240,9 @@ class LlamaModel(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"] | None = None
     ) -> Float[Tensor, "batch seq hidden"]:
-        return self.decode(self.embed_tokens(input_ids), attention_mask)
+        return self.run_layers(self.embed_tokens(input_ids), attention_mask)
 
-    def decode(
+    def run_layers(
         self,
         x: Float[Tensor, "batch seq hidden"],
         attention_mask: Int[Tensor, "batch seq"] | None = None,

@@ -15,7 +15,6 @@ from peftlab.llama import ALL_LINEAR, Llama, LlamaConfig
 from peftlab.memory import StepMemory
 from peftlab.simulate import simulate_training_step
 
-"""The linear layers of a decoder layer, all of which LoRA adapts here."""
 ABSMAX_BLOCK, NF4_BLOCK, NESTED_BLOCK = 256, 64, 256
 """Values that share a scale: in 8-bit optimizer state, in 4-bit weights, and in the 8-bit scales of those."""
 

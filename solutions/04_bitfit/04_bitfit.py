@@ -716,7 +716,7 @@ def gradient_sizes(positions: Tensor | None) -> dict[str, float]:
     torch.manual_seed(0)
     tiny = with_biases(Llama(PRESETS["tiny"]))
     input_ids = torch.randint(0, 256, (4, 24))
-    hidden = tiny.model.decode(tiny.model.embed_tokens(input_ids), positions=positions)
+    hidden = tiny.model.run_layers(tiny.model.embed_tokens(input_ids), positions=positions)
     F.cross_entropy(tiny.lm_head(hidden[:, :-1]).flatten(0, 1), input_ids[:, 1:].flatten()).backward()
     gradients = {name: parameter.grad for name, parameter in tiny.named_parameters() if parameter.requires_grad}
     return {k: torch.cat([g for name, g in gradients.items() if f".{k}." in name]).norm().item() for k in KINDS}

@@ -467,7 +467,7 @@ class Prompted(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         prompt = self.soft_prompt.expand(input_ids.shape[0], -1, -1)
-        hidden = self.base.decode(torch.cat([prompt, self.base.embed_tokens(input_ids)], dim=1))
+        hidden = self.base.run_layers(torch.cat([prompt, self.base.embed_tokens(input_ids)], dim=1))
         return hidden[:, self.soft_prompt.shape[0] :]
 
 

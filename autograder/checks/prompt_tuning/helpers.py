@@ -1,7 +1,7 @@
 """What the unit's drivers call: it travels with them, so it stands alone."""
 
 
-def decode_exactly(base, x, attention_mask, positions):
+def run_exactly(base, x, attention_mask, positions):
     """Return what a base gives that rounds nothing if it is fed small whole numbers.
 
     It takes the place of a LLaMA whose dtype would leave room for mistakes: it sums what a position may look at, each

@@ -29,7 +29,7 @@ def by_name(unit: str) -> dict[str, Exercise]:
 
 
 def verdict(unit: str, exercise: Exercise, answers: Sequence[object]) -> str:
-    """Return what a right answer hears, "passes", or the message of the check or, if it has none, of the hidden cases."""
+    """Return "passes" for a right answer, and otherwise the message of the check or of the hidden cases."""
     return said(exercise, answers) or said_of_hidden_cases(unit, exercise, answers) or "passes"
 
 

@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback prove fuzz sandbox browser format clean
+.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback prove try fuzz sandbox browser format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,7 +47,7 @@ experiments: $(READY) ## run the masters at full length and keep their results r
 	$(BIN)/python -m autograder.run_masters $(UNIT)
 
 comparison: $(READY) ## measure what the comparison of methods lacks (METHODS=adapters for one; hours for all)
-	$(BIN)/python -m autograder.comparison $(METHODS)
+	$(BIN)/python -m autograder.measuring.methods $(METHODS)
 
 fresh: $(READY) ## run every notebook alone, with Colab's, the oldest and the newest packages (downloads gigabytes)
 	PEFTLAB_FRESH=colab $(BIN)/python -m pytest tests/test_fresh_environment.py
@@ -91,6 +91,9 @@ browser:
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+try: $(READY) ## what the check of EXERCISE in UNIT says: of its solution, mistakes and variants, and of FILE
+	$(BIN)/python -m autograder.trying $(UNIT) $(EXERCISE) $(FILE)
 
 prove: $(READY) ## for every exercise: wrong answers caught, right variants passed, automatic mutants rejected
 	$(BIN)/python -m autograder.prove $(UNIT)

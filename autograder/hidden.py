@@ -46,7 +46,7 @@ def add_to(notebook: NotebookNode, unit: str) -> None:
     """Put the hidden tests behind the check in every graded cell; nbgrader removes them from what students receive.
 
     Raises:
-        ValueError: if a graded cell of code is something else than the call of one check, with the answers it is to judge.
+        ValueError: if a graded code cell does anything but call one check with the answers.
     """
     for cell in notebook.cells:
         mark = cell.metadata.get("nbgrader", {})

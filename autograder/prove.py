@@ -14,7 +14,7 @@ import io
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -88,12 +88,12 @@ def try_known_answers(proof: Proof) -> None:
         proof.mistakes += len(exercise.mistakes)
         proof.variants += len(exercise.variants)
         for sentence, edits in exercise.mistakes.items():
-            if sentence not in _said(exercise, exercise.build(edits)):
+            if sentence not in said(exercise, exercise.build(edits)):
                 proof.missed.append(f"{exercise.name}: {sentence}")
         for name, edits in exercise.variants.items():
-            said = _said(exercise, exercise.build(edits))
-            if said:
-                proof.refused.append(f"{exercise.name}: {name}: {said.splitlines()[0]}")
+            heard = said(exercise, exercise.build(edits))
+            if heard:
+                proof.refused.append(f"{exercise.name}: {name}: {heard.splitlines()[0]}")
 
 
 def try_mutants(proof: Proof) -> None:
@@ -107,11 +107,20 @@ def try_mutants(proof: Proof) -> None:
             proof.survivors[mutant.change] = explained.get(mutant.change)
 
 
-def _said(exercise: Exercise, answers: list[object]) -> str:
+def said(exercise: Exercise, answers: Sequence[object]) -> str:
     """Return the check's message, or nothing if it accepts."""
+    return _message_of(lambda: exercise(*answers, seed=0))
+
+
+def said_of_hidden_cases(unit: str, exercise: Exercise, answers: Sequence[object]) -> str:
+    """Return the message of the hidden tests behind a check, or nothing if they accept."""
+    return _message_of(lambda: hidden.check(unit, exercise, *answers, seed=0))
+
+
+def _message_of(check: Callable[[], None]) -> str:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            exercise(*answers, seed=0)
+            check()
     except CheckFailedError as failed:
         return str(failed)
     return ""

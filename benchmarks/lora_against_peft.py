@@ -22,12 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autograder.reference import load_reference
 from peftlab import tasks
-from peftlab.llama import IGNORE, Llama, causal_loss
+from peftlab.llama import ALL_LINEAR, IGNORE, Llama, causal_loss
 from peftlab.memory import MEBIBYTE, measure_training_step
 from peftlab.pretrained import load_smollm2
 from peftlab.results import describe_hardware, package_versions
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def pair() -> tuple[Llama, nn.Module, tasks.Task]:
@@ -36,9 +34,9 @@ def pair() -> tuple[Llama, nn.Module, tasks.Task]:
     theirs = LlamaForCausalLM(LlamaConfig(**asdict(ours.config), use_cache=False))
     theirs.load_state_dict(ours.state_dict())
     theirs.tie_weights()
-    theirs = get_peft_model(theirs, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    theirs = get_peft_model(theirs, LoraConfig(r=8, lora_alpha=16, target_modules=ALL_LINEAR))
     reference = load_reference("08_lora")
-    reference.inject(ours, TARGETS, lambda linear: reference.LoRALinear(linear, 8, 16.0))
+    reference.inject(ours, ALL_LINEAR, lambda linear: reference.LoRALinear(linear, 8, 16.0))
     factors = {name: tensor for name, tensor in theirs.state_dict().items() if "lora_" in name}
     with torch.no_grad():
         for name, tensor in ours.state_dict().items():

@@ -29,12 +29,10 @@ from peft import LoraConfig, get_peft_model
 
 from autograder.reference import load_reference
 from peftlab import tasks
-from peftlab.llama import IGNORE, Llama, causal_loss
+from peftlab.llama import ALL_LINEAR, IGNORE, Llama, causal_loss
 from peftlab.memory import MEBIBYTE, measure_training_step, tensor_bytes
 from peftlab.pretrained import load_smollm2
 from peftlab.results import describe_hardware, package_versions
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def linear_4bit(
@@ -66,10 +64,10 @@ def library_model(ours: Llama, rank: int = 8, alpha: int = 16) -> nn.Module:
     theirs.tie_weights()
     for name, module in list(theirs.named_modules()):
         parent, _, own_name = name.rpartition(".")
-        if own_name in TARGETS:
+        if own_name in ALL_LINEAR:
             setattr(theirs.get_submodule(parent), own_name, linear_4bit(module))
     theirs.is_loaded_in_4bit = True  # by which peft chooses its layer
-    return get_peft_model(theirs, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
+    return get_peft_model(theirs, LoraConfig(r=rank, lora_alpha=alpha, target_modules=ALL_LINEAR))
 
 
 def quantizer(reference: ModuleType, compute: torch.dtype = torch.float32) -> Callable[[nn.Linear], nn.Module]:

@@ -22,7 +22,7 @@ MODULES = [
     importlib.import_module(f"autograder.checks.{module.name}") for module in pkgutil.iter_modules(autograder.checks.__path__)
 ]
 EXERCISES = {name: exercise for module in MODULES for name, exercise in module.EXERCISES.items()}
-UNITS = {name: unit for unit in units() for name in EXERCISES if EXERCISES[name] in exercises_of(unit)}
+UNIT_OF = {name: unit for unit in units() for name in EXERCISES if EXERCISES[name] in exercises_of(unit)}
 MISTAKES = [(name, sentence) for name, exercise in EXERCISES.items() for sentence in exercise.mistakes]
 VARIANTS = [(name, variant) for name, exercise in EXERCISES.items() for variant in exercise.variants]
 
@@ -64,7 +64,7 @@ def test_every_right_variant_passes_the_hidden_cases(name, variant):
     exercise = EXERCISES[name]
     answers = exercise.build(exercise.variants[variant])
     for seed in seeds(200, at_least=3):
-        hidden.check(UNITS[name], exercise, *answers, seed=seed)
+        hidden.check(UNIT_OF[name], exercise, *answers, seed=seed)
 
 
 @pytest.mark.parametrize(("name", "sentence"), MISTAKES)

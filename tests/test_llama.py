@@ -79,11 +79,11 @@ def test_only_differences_between_positions_matter():
     with torch.no_grad():
         plain = ours(input_ids)
         # The angles are fp32: at position 100 one is off by up to 100 eps.
-        torch.testing.assert_close(ours.decode(x), plain, rtol=0, atol=0)
-        torch.testing.assert_close(ours.decode(x, positions=torch.arange(9) + 100), plain, rtol=0, atol=1e-3)
+        torch.testing.assert_close(ours.run_layers(x), plain, rtol=0, atol=0)
+        torch.testing.assert_close(ours.run_layers(x, positions=torch.arange(9) + 100), plain, rtol=0, atol=1e-3)
         rows = torch.stack([torch.arange(9), torch.arange(9) + 100])
-        torch.testing.assert_close(ours.decode(x, positions=rows), plain, rtol=0, atol=1e-3)
-        assert not torch.allclose(ours.decode(x, positions=2 * torch.arange(9)), plain, atol=1e-2)
+        torch.testing.assert_close(ours.run_layers(x, positions=rows), plain, rtol=0, atol=1e-3)
+        assert not torch.allclose(ours.run_layers(x, positions=2 * torch.arange(9)), plain, atol=1e-2)
 
 
 def test_a_padded_row_with_positions_of_its_own_equals_the_row_alone():
@@ -92,7 +92,7 @@ def test_a_padded_row_with_positions_of_its_own_equals_the_row_alone():
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
     x = ours.model.embed_tokens(input_ids)
     with torch.no_grad():
-        padded = ours.model.decode(x, mask, mask.cumsum(1) - 1)[:, 3:]
+        padded = ours.model.run_layers(x, mask, mask.cumsum(1) - 1)[:, 3:]
         torch.testing.assert_close(padded, ours.model(input_ids[:, 3:]), rtol=1e-4, atol=1e-4)
 
 

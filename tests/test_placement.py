@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autograder.comparison import METHODS
+from autograder.measuring.methods import METHODS
 from autograder.reference import load_reference
 from peftlab.llama import Llama, LlamaConfig, set_gradient_checkpointing
 from peftlab.simulate import fake_parameters

@@ -1,1 +1,1 @@
-"""Runs that ship rows: on a GPU."""
+"""Runs that ship rows: of every method on both tasks, and on a GPU."""

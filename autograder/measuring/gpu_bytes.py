@@ -11,9 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autograder.measuring.gpu_exact import methods, prepared
 from autograder.measuring.machine import Machine, Outcome, SkippedError
-from autograder.measuring.pairs import ALL_LINEAR
 from autograder.reference import load_reference
-from peftlab.llama import PRESETS, Llama, LlamaConfig, RMSNorm, set_gradient_checkpointing
+from peftlab.llama import ALL_LINEAR, PRESETS, Llama, LlamaConfig, RMSNorm, set_gradient_checkpointing
 from peftlab.memory import StepMemory, measure_training_step
 from peftlab.simulate import next_token_loss, simulate_training_step
 from peftlab.training import seconds_of, trainable

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autograder.comparison import METHODS
 from autograder.measuring.machine import Machine, Outcome
-from autograder.measuring.pairs import ALL_LINEAR, PAIRS, apart, bitsandbytes
+from autograder.measuring.methods import METHODS
+from autograder.measuring.pairs import PAIRS, apart, bitsandbytes
 from autograder.reference import load_reference
-from peftlab.llama import Llama, LlamaConfig, causal_loss, set_gradient_checkpointing
+from peftlab.llama import ALL_LINEAR, Llama, LlamaConfig, causal_loss, set_gradient_checkpointing
 from peftlab.memory import measure_training_step
 from peftlab.simulate import next_token_loss
 from peftlab.training import trainable

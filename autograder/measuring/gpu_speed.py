@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from autograder.comparison import INSTRUCTIONS, METHODS, TRAINING
 from autograder.measuring.machine import Machine, Outcome, SkippedError
+from autograder.measuring.methods import INSTRUCTIONS, METHODS, TRAINING
 from autograder.measuring.pairs import Pair, bitsandbytes, lora_pair
 from autograder.reference import load_reference
 from peftlab.llama import Llama, set_gradient_checkpointing

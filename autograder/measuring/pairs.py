@@ -13,10 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from autograder.reference import load_reference
-from peftlab.llama import IGNORE, PRESETS, Llama, LlamaConfig, causal_loss
+from peftlab.llama import ALL_LINEAR, IGNORE, PRESETS, Llama, LlamaConfig, causal_loss
 from peftlab.training import trainable, twenty_steps
 
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL = replace(PRESETS["tiny"], intermediate_size=192)
 """All its matrices have rows of whole blocks of 64: bitsandbytes misreads others on some CPUs."""
 LEARNING_RATE = 1e-2

@@ -1,4 +1,4 @@
-"""The comparison of methods: its rows, read and summed up. `autograder.comparison` measures them."""
+"""The comparison of methods: its rows, read, summed up and shown. `autograder.measuring.methods` measures them."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def late_loss(row: Row) -> float:
     return mean(row.losses[-LATE:])
 
 
-def sweep(found: Sequence[Row]) -> list[Row]:
+def sweep_rows(found: Sequence[Row]) -> list[Row]:
     """Return the rows of the learning-rate sweep: those with seed 0."""
     return [row for row in found if row.settings["seed"] == 0]
 
@@ -148,7 +148,7 @@ def sweep_table(shipped: Shipped) -> str:
     lines = [f"{'':<15}{'':<20}{'rate':>9}{'late loss':>11}{'score':>8}"]
     for (task, name), found in shipped.items():
         chosen = chosen_rate(found)
-        for row in sweep(found):
+        for row in sweep_rows(found):
             rate = row.settings["learning_rate"]
             star = " *" if rate == chosen else ""
             lines.append(f"{task:<15}{name:<20}{rate:>9g}{late_loss(row):>11.3f}{row.score_after:>8.1%}{star}")
@@ -174,6 +174,41 @@ def score_table(shipped: Shipped) -> str:
 def memory_table(shipped: Shipped) -> str:
     """Return, as text, the measured MiB of one training step by category."""
     return step_table({f"{task:<15}{name}": summary(found).row.memory for (task, name), found in shipped.items()})
+
+
+def show(compared: Mapping[str, tuple[str, str]], method: str) -> dict[tuple[str, str], list[Row]]:
+    """Show the learning-rate sweeps of several methods, a picture for each task, and print what the chosen rates gave.
+
+    Args:
+        compared: as for `select`.
+        method: the one whose sweep is printed in figures as well.
+
+    Returns:
+        the rows, as `select` returns them.
+    """
+    from peftlab import plots  # it imports this module
+
+    shipped = select(compared)
+    for task in TASKS:
+        by_name = on_task(shipped, task)
+        if by_name:
+            figure = plots.learning_rate_sweep(by_name, f"The learning rate, on {task}")
+            alt = f"Loss and score on {task} against the learning rate, with rings at the chosen rates: {'; '.join(by_name)}."
+            plots.show(figure, alt=alt)
+    print(HOW_TO_READ)
+    print("\nThe sweep:")
+    print(sweep_table({key: found for key, found in shipped.items() if found[0].method == method}))
+    print("\nThe chosen rates, scores averaged over their seeds:")
+    print(score_table(shipped))
+    print("\nOne training step, in MiB:")
+    print(memory_table(shipped))
+    return shipped
+
+
+HOW_TO_READ = """
+Lines, and the table of the sweep, show the runs with seed 0; small marks are the other seeds. A ring, or a star, marks the
+rate that is chosen: of those with three seeds, the one with the lowest mean late loss. The spread is the largest score of a
+seed minus the smallest.""".lstrip()
 
 
 def machine(row: Row) -> str:

@@ -55,14 +55,63 @@ class LlamaConfig:
 
 
 PRESETS = {
-    "tiny": LlamaConfig(256, 64, 160, 2, 4, 2),
-    "SmolLM2-135M": LlamaConfig(49_152, 576, 1_536, 30, 9, 3, rope_theta=100_000.0, tie_word_embeddings=True),
-    "LLaMA-7B": LlamaConfig(32_000, 4_096, 11_008, 32, 32, 32, rms_norm_eps=1e-6),
-    "LLaMA-13B": LlamaConfig(32_000, 5_120, 13_824, 40, 40, 40, rms_norm_eps=1e-6),
-    "LLaMA-65B": LlamaConfig(32_000, 8_192, 22_016, 80, 64, 64),
-    "Llama-2-70B": LlamaConfig(32_000, 8_192, 28_672, 80, 64, 8),
+    "tiny": LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "SmolLM2-135M": LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1_536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+    ),
+    "LLaMA-7B": LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=4_096,
+        intermediate_size=11_008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        rms_norm_eps=1e-6,
+    ),
+    "LLaMA-13B": LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=5_120,
+        intermediate_size=13_824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        rms_norm_eps=1e-6,
+    ),
+    "LLaMA-65B": LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=8_192,
+        intermediate_size=22_016,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+    ),
+    "Llama-2-70B": LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=8_192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
 }
 """Configs by name. `tiny` is for checks on random weights; the others are the published sizes."""
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The linear layers of a decoder layer, by their own names, as peft's `target_modules` takes them."""
 
 
 class RMSNorm(nn.Module):
@@ -162,7 +211,14 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask):
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        cos: Float[Tensor, "*#batch seq head_dim"],
+        sin: Float[Tensor, "*#batch seq head_dim"],
+        mask: Bool[Tensor, "batch 1 seq seq"] | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Add to each token's vector what attention makes of it, then what the MLP makes of the sum."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -184,9 +240,9 @@ class LlamaModel(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"] | None = None
     ) -> Float[Tensor, "batch seq hidden"]:
-        return self.decode(self.embed_tokens(input_ids), attention_mask)
+        return self.run_layers(self.embed_tokens(input_ids), attention_mask)
 
-    def decode(
+    def run_layers(
         self,
         x: Float[Tensor, "batch seq hidden"],
         attention_mask: Int[Tensor, "batch seq"] | None = None,

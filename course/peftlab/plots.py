@@ -14,8 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from peftlab.comparison import chosen_rate, late_loss
-from peftlab.comparison import sweep as sweep_of
+from peftlab.comparison import chosen_rate, late_loss, sweep_rows
 from peftlab.memory import UNITS, StepMemory
 from peftlab.results import Row
 
@@ -102,7 +101,7 @@ def before_after(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def sweep(points: Mapping[int | float, float], title: str, xlabel: str, ylabel: str) -> Figure:
+def by_setting(points: Mapping[int | float, float], title: str, xlabel: str, ylabel: str) -> Figure:
     """Draw a measured quantity against a setting that doubles from point to point."""
     figure, axes = plt.subplots(figsize=(7, 3))
     axes.plot(list(points), list(points.values()), color=SERIES[0], marker="o")
@@ -126,7 +125,7 @@ def learning_rate_sweep(measured: Mapping[str, Sequence[Row]], title: str) -> Fi
     for number, (name, rows) in enumerate(measured.items()):
         style = {"color": SERIES[number], "marker": MARKERS[number]}
         for axes, quantity in zip(panels, (late_loss, lambda row: 100 * row.score_after)):
-            swept = {row.settings["learning_rate"]: quantity(row) for row in sweep_of(rows)}
+            swept = {row.settings["learning_rate"]: quantity(row) for row in sweep_rows(rows)}
             axes.plot(*zip(*sorted(swept.items())), label=name, markersize=5, **style)
             # All runs, also those of the sweep, whose own marks hide these.
             runs = [(row.settings["learning_rate"], quantity(row)) for row in rows]

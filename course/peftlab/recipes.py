@@ -11,12 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from peftlab.llama import Llama, LlamaConfig
+from peftlab.llama import ALL_LINEAR, Llama, LlamaConfig
 from peftlab.memory import StepMemory
 from peftlab.simulate import simulate_training_step
 
-ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a decoder layer, all of which LoRA adapts here."""
 ABSMAX_BLOCK, NF4_BLOCK, NESTED_BLOCK = 256, 64, 256
 """Values that share a scale: in 8-bit optimizer state, in 4-bit weights, and in the 8-bit scales of those."""
 
@@ -114,7 +112,7 @@ def with_factors(model: Llama, rank: int = 16, four_bits: bool = False) -> None:
     model.requires_grad_(False)
     for name, linear in list(model.named_modules()):
         parent, _, own_name = name.rpartition(".")
-        if own_name in ADAPTED:
+        if own_name in ALL_LINEAR:
             base = _FourBitOnPaper(linear) if four_bits else linear
             adapted = _WithFactors(base, linear.in_features, linear.out_features, rank, linear.weight.dtype)
             setattr(model.get_submodule(parent), own_name, adapted)

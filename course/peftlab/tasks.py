@@ -234,7 +234,7 @@ CITIES = ["Accra", "Berlin", "Cairo", "Delhi", "Hanoi", "Kyoto", "Lagos", "Lima"
 ROOMS = ["kitchen", "bedroom", "bathroom", "garage", "hallway", "office", "attic", "garden"]
 ARTISTS = ["Nina Simone", "Miles Davis", "Fela Kuti", "Daft Punk", "Bjork", "Bach", "Adele", "Queen", "Mozart", "Sade"]
 MESSAGES = ["I am late", "dinner is ready", "the train is full", "we won", "the shop is closed", "it is raining"]
-UNITS = [("miles", "kilometers"), ("pounds", "kilograms"), ("inches", "centimeters"), ("gallons", "liters")]
+CONVERSIONS = [("miles", "kilometers"), ("pounds", "kilograms"), ("inches", "centimeters"), ("gallons", "liters")]
 
 
 def _tool_requests(size: int) -> list[tuple[str, dict]]:
@@ -284,7 +284,7 @@ def _lights(generator: random.Random) -> tuple[str, dict]:
 
 
 def _conversion(generator: random.Random) -> tuple[str, dict]:
-    value, units = generator.randint(2, 200), generator.choice(UNITS)
+    value, units = generator.randint(2, 200), generator.choice(CONVERSIONS)
     source, target = generator.sample(units, 2)
     phrase = generator.choice(["How many {2} are {0} {1}?", "Convert {0} {1} to {2}", "{0} {1} in {2}"])
     return phrase.format(value, source, target), {"tool": "convert", "value": value, "from": source, "to": target}

@@ -48,6 +48,8 @@ from autograder.checks.layer_freezing import (
 from peftlab import comparison, plots
 from peftlab.llama import PRESETS, Llama, LlamaConfig, causal_loss, rotary_angles
 
+UNIT = "03_layer_freezing"
+
 # %% [markdown]
 # ## The idea
 #
@@ -431,7 +433,7 @@ for (end, count), step in curve.items():
 from peftlab import gpu
 from peftlab.memory import MEBIBYTE
 
-for row in gpu.rows("03_layer_freezing"):
+for row in gpu.rows(UNIT):
     end = row.settings["variant"] or "last"
     trained = range(4) if end == "first" else range(26, 30)
     predicted = 4 * sum(numbers_kept(PRESETS["SmolLM2-135M"], trained)) * 16 * 29 / MEBIBYTE
@@ -622,7 +624,7 @@ for end, freeze in {"last": train_last, "first": train_first}.items():
     model, tokenizer = load_smollm2()
     freeze(model, 4)
     rows[end] = fine_tune(
-        model, tokenizer, reviews, unit="03_layer_freezing", method="layer_freezing",
+        model, tokenizer, reviews, unit=UNIT, method="layer_freezing",
         save=lambda path: save_trained(model, path), steps=40, learning_rate=2e-4,
         score_before=rows["last"].score_before if rows else None, variant="" if end == "last" else end, layers=4,
     )  # fmt: skip

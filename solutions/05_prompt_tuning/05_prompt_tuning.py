@@ -60,20 +60,20 @@ torch.manual_seed(0)
 tiny = Llama(PRESETS["tiny"]).eval()
 input_ids = torch.randint(0, 256, (1, 7))
 embeddings = tiny.model.embed_tokens(input_ids)  # (1, 7, 64)
-hidden = tiny.model.decode(embeddings)
+hidden = tiny.model.run_layers(embeddings)
 print("the same as for the ids themselves:", torch.equal(hidden, tiny.model(input_ids)))
 
 # %% [markdown]
-# `decode` does not ask where the vectors come from. A prompt in words stands in front of the text as embeddings of its tokens. Prompt tuning puts a
+# `run_layers` does not ask where the vectors come from. A prompt in words stands in front of the text as embeddings of its tokens. Prompt tuning puts a
 # matrix $P$ there instead and trains it. Its rows do not have to be the embedding of any token:
 #
-# $$ h = \mathrm{decode}\big([\,P;\, E(x)\,]\big), \qquad P \in \mathbb{R}^{p \times d}, \quad E(x) \in \mathbb{R}^{n \times d} $$
+# $$ h = \mathrm{layers}\big([\,P;\, E(x)\,]\big), \qquad P \in \mathbb{R}^{p \times d}, \quad E(x) \in \mathbb{R}^{n \times d} $$
 #
 # This is a **soft prompt** of $p$ vectors. One line of code for the equation, and the definition that your model has to agree with:
 
 # %%
 soft_prompt = torch.randn(4, 64)  # p = 4, d = 64
-hidden = tiny.model.decode(torch.cat([soft_prompt[None], embeddings], dim=1))
+hidden = tiny.model.run_layers(torch.cat([soft_prompt[None], embeddings], dim=1))
 print("4 + 7 positions:", list(hidden.shape))
 
 # %% [markdown]
@@ -123,11 +123,11 @@ my_prediction = {"SmolLM2-135M": {16: "", 100: ""}, "LLaMA-7B": {16: "", 100: ""
 #
 # - the base is frozen, and `soft_prompt` is an `nn.Parameter` that starts as a *copy* of `start`, in its dtype. In `forward` it takes on the
 #   dtype of the embeddings: people train a prompt in fp32 on a model in bf16;
-# - `attention_mask` speaks of the text alone, 1 for a token and 0 for padding on either side. `decode` wants one for prompt and
+# - `attention_mask` speaks of the text alone, 1 for a token and 0 for padding on either side. `run_layers` wants one for prompt and
 #   text. It may be None, for no padding or padding on the right;
-# - with a mask, tell `decode` the positions, each row its own: whole numbers, in the shape of the mask that `decode` gets.
+# - with a mask, tell `run_layers` the positions, each row its own: whole numbers, in the shape of the mask that `run_layers` gets.
 #
-# From your base you need two things: `embed_tokens(input_ids)` and `decode(x, attention_mask, positions)`.
+# From your base you need two things: `embed_tokens(input_ids)` and `run_layers(x, attention_mask, positions)`.
 #
 # <details><summary>RuntimeError: Sizes of tensors must match except in dimension 1</summary>
 #
@@ -182,9 +182,9 @@ class PromptedModel(nn.Module):
         batch, length = text.shape[0], self.soft_prompt.shape[0]
         x = torch.cat([self.soft_prompt.to(text.dtype).expand(batch, -1, -1), text], dim=1)
         if attention_mask is None:
-            return self.base.decode(x)[:, length:]
+            return self.base.run_layers(x)[:, length:]
         mask = torch.cat([attention_mask.new_ones(batch, length), attention_mask], dim=1)
-        return self.base.decode(x, mask, mask.cumsum(dim=1) - 1)[:, length:]
+        return self.base.run_layers(x, mask, mask.cumsum(dim=1) - 1)[:, length:]
         ### END SOLUTION
 
 
@@ -430,7 +430,7 @@ start = random_start(4, 64)
 prompted = Llama(PRESETS["tiny"])
 prompted.model = PromptedModel(tiny.model, start)
 ids = torch.randint(0, 256, (2, 9))
-all_positions = tiny.model.decode(torch.cat([start.expand(2, -1, -1), tiny.model.embed_tokens(ids)], dim=1))
+all_positions = tiny.model.run_layers(torch.cat([start.expand(2, -1, -1), tiny.model.embed_tokens(ids)], dim=1))
 for unlabelled in (1, 0):
     labels = ids.clone()
     labels[:, :unlabelled] = IGNORE
@@ -504,7 +504,7 @@ class MixedPrompts(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask = torch.cat([torch.tensor(used, device=x.device)[task_ids], attention_mask], dim=1)
-        return self.base.decode(x, mask, mask.cumsum(dim=1) - 1)[:, longest:]
+        return self.base.run_layers(x, mask, mask.cumsum(dim=1) - 1)[:, longest:]
         ### END SOLUTION
 
 
@@ -717,33 +717,12 @@ COMPARED = {
     "LoRA, rank 8": ("lora", ""),
     "full": ("full", ""),
 }
-shipped = comparison.select(COMPARED)
-
-# %%
-for task in comparison.TASKS:
-    rows_by_name = comparison.on_task(shipped, task)
-    if rows_by_name:
-        plots.show(
-            plots.learning_rate_sweep(rows_by_name, f"The learning rate, on {task}"),
-            alt=f"Loss and score on {task} against the learning rate. The prompts' valleys lie far to the right of the others'.",
-        )
-
-# %% [markdown]
-# *What to see.* The lines show seed 0, small marks the other seeds; rings mark the rates that are chosen. Hold the prompts' against LoRA's and full
-# fine-tuning's, and against the size of a word, above. The figures for the starts (a star marks the chosen rate):
-
-# %%
+shipped = comparison.show(COMPARED, "prompt_tuning")
 prompts = {key: rows for key, rows in shipped.items() if rows[0].method == "prompt_tuning"}
-print(comparison.sweep_table(prompts))
 
 # %% [markdown]
-# And at the chosen rates, over three seeds (mean, and largest minus smallest), beside LoRA and the whole model:
-
-# %%
-print(comparison.score_table(shipped))
-print(comparison.memory_table(shipped))
-
-# %% [markdown]
+# *What to see.* Compare the prompts' rates with LoRA's and full fine-tuning's, and with the size of a word, above.
+#
 # An untrained prompt changes what the model says, as no other method here does at its start. So the scores before training differ:
 
 # %%

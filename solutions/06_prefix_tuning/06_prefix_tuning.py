@@ -73,6 +73,8 @@ class Prefix(nn.Module):
         return self.keys[layer], self.values[layer]
 
 
+UNIT = "06_prefix_tuning"
+
 # %% [markdown]
 # ## The idea
 #
@@ -299,7 +301,7 @@ print(f"rotated again, largest difference: {(rotate(turned_back, cos, sin) - fre
 #    `PrefixAttention` unless the caller has something else (the check has, so that it does not depend on your exercise 1);
 # 2. lets the text's positions start at `tokens`, which it gets from the prefix's own shape;
 # 3. with a mask (1 for a token, 0 for padding, on either side) counts *tokens*: the first one that is no padding has position `tokens`;
-# 4. calls `self.base.decode(embeddings, attention_mask, positions)`, and returns all that this returns. The prefix is no part of the
+# 4. calls `self.base.run_layers(embeddings, attention_mask, positions)`, and returns all that this returns. The prefix is no part of the
 #    sequence: no mask to extend, no states to cut off, no labels to shift.
 #
 # <details><summary>How do I count along the mask?</summary>
@@ -353,7 +355,7 @@ class PrefixModel(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device) + tokens
         else:
             positions = attention_mask.cumsum(1) - 1 + tokens
-        return self.base.decode(self.base.embed_tokens(input_ids), attention_mask, positions)
+        return self.base.run_layers(self.base.embed_tokens(input_ids), attention_mask, positions)
         ### END SOLUTION
 
 
@@ -418,7 +420,7 @@ print(f"predicted for SmolLM2: {my_number}, {my_share}")
 #
 # <details><summary>Which lines of the model do I need?</summary>
 #
-# `LlamaModel.decode` makes `cos` and `sin` from positions; `LlamaDecoderLayer.forward` shows where `input_layernorm` sits;
+# `LlamaModel.run_layers` makes `cos` and `sin` from positions; `LlamaDecoderLayer.forward` shows where `input_layernorm` sits;
 # `LlamaAttention.forward` shows how a projection's output becomes heads.
 # </details>
 # <details><summary>The shapes are (tokens, kv_heads, head_dim), or the numbers are all there but in other places</summary>
@@ -473,7 +475,7 @@ assert apart <= allowed, "the prefix does not stand for these tokens: run the ch
 # And the positions matter for it: let the text start at position 0 instead, and the two part ways.
 
 # %%
-hidden_states = tiny.model.base.decode(tiny.model.base.embed_tokens(texts))  # positions 0, 1, 2, ...
+hidden_states = tiny.model.base.run_layers(tiny.model.base.embed_tokens(texts))  # positions 0, 1, 2, ...
 apart = (tiny.lm_head(hidden_states) - as_text).abs().max() / as_text.abs().max()
 print(f"with the text at position 0, the largest difference is {apart:.1e} of the largest logit")
 
@@ -789,7 +791,6 @@ from safetensors.torch import save_file
 
 from peftlab.experiment import fine_tune
 
-UNIT = "06_prefix_tuning"
 swept = comparison.rows("prefix_tuning", "movie_reviews")
 learning_rate = comparison.chosen_rate(swept) if swept else 1e-2
 model, tokenizer = load_smollm2()

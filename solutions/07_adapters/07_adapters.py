@@ -751,35 +751,13 @@ COMPARED = {
     "LoRA, rank 8": ("lora", ""),
     "full": ("full", ""),
 }
-shipped = comparison.select(COMPARED)
-
-# %%
-for task in comparison.TASKS:
-    rows_by_name = comparison.on_task(shipped, task)
-    if rows_by_name:
-        plots.show(
-            plots.learning_rate_sweep(rows_by_name, f"The learning rate, on {task}"),
-            alt=f"Loss and score on {task} against the learning rate, a curve for each method, with a ring at the rate chosen.",
-        )
+shipped = comparison.show(COMPARED, "adapters")
 
 # %% [markdown]
 # *What to see.* Each method has a valley of its own: full fine-tuning's lies at much smaller rates than those of the methods that train
-# little. The lines show seed 0, small marks the other seeds; the ring is at the rate that is chosen, of those with three seeds the one with
-# the lowest mean. (On reviews, at 0.003, LoRA and Pfeiffer's adapters learn with two seeds and fail with the third: a single run would not have told.)
-# The same figures, for adapters (a star marks the chosen rate):
-
-# %%
-print(comparison.sweep_table({key: rows for key, rows in shipped.items() if rows[0].method == "adapters"}))
-
-# %% [markdown]
-# And at the chosen rates, over three seeds (mean, and largest minus smallest):
-
-# %%
-print(comparison.score_table(shipped))
-print(comparison.memory_table(shipped))
-
-# %% [markdown]
-# *What to see.* Adapters behind the MLP alone, twice as wide, do as well as those at both places: the differences are smaller than the spread
+# little. (On reviews, at 0.003, LoRA and Pfeiffer's adapters learn with two seeds and fail with the third: a single run would not have told.)
+#
+# Adapters behind the MLP alone, twice as wide, do as well as those at both places: the differences are smaller than the spread
 # over seeds, on either task. They cost fewer activations, and half as many products at inference that wait for each other (section 8). Nor is there a
 # difference beyond the spread to LoRA or to full fine-tuning. But look at the last column: adapters score about as high, and forget most. (The
 # share is of the model *with* its adapters; in section 3 it was of the model without.)

@@ -45,7 +45,9 @@ from autograder.checks.lora import (
     check_merge_into_head,
 )
 from peftlab import plots, results
-from peftlab.llama import PRESETS, Llama, causal_loss
+from peftlab.llama import ALL_LINEAR, PRESETS, Llama, causal_loss
+
+UNIT = "08_lora"
 
 # %% [markdown]
 # ## The idea
@@ -256,10 +258,8 @@ check_inject(inject)
 # %%
 my_prediction = None  # a number
 
+
 # %%
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 def with_lora(model: Llama, rank: int = 8, alpha: float = 16.0, target_modules: Sequence[str] = ALL_LINEAR) -> Llama:
     """Give the model LoRA layers, with your `LoRALinear` and your `inject`."""
     inject(model, target_modules, lambda linear: LoRALinear(linear, rank, alpha))
@@ -343,9 +343,9 @@ plots.show(figure, alt="Stacked bars: LoRA has no visible gradients or optimizer
 from peftlab import comparison, gpu
 from peftlab.memory import step_table
 
-cpu_rows = results.load("08_lora", results.SHIPPED)
+cpu_rows = results.load(UNIT, results.SHIPPED)
 steps = {}
-for here, cpu in comparison.twins(gpu.rows("08_lora"), cpu_rows):
+for here, cpu in comparison.twins(gpu.rows(UNIT), cpu_rows):
     if here.task == "movie_reviews":
         steps |= {f"{here.method}, CPU": cpu.memory, f"{here.method}, {here.hardware}": here.memory}
 print(step_table(steps))
@@ -487,7 +487,7 @@ check_adapter_files(save_adapter, load_adapter)
 # rather read on, here is what we measured with them; your own rows will differ in the last digits, and in the seconds.
 
 # %%
-shipped = sorted(results.load("08_lora", results.SHIPPED), key=lambda row: (row.task, row.method, row.settings.get("rank", 0)))
+shipped = sorted(results.load(UNIT, results.SHIPPED), key=lambda row: (row.task, row.method, row.settings.get("rank", 0)))
 print(shipped[0].hardware if shipped else "no rows here")
 for row in shipped:
     print(
@@ -512,7 +512,6 @@ for example in reviews.test.select(range(3)):
 # %% tags=["experiment"]
 from peftlab.experiment import fine_tune
 
-UNIT = "08_lora"
 torch.manual_seed(0)  # for the start of lora_A
 model, tokenizer = load_smollm2()
 with_lora(model)
@@ -624,7 +623,7 @@ for rank in (1, 2, 4, 8, 16):
 
 # %% tags=["experiment"]
 scores = {row.settings["rank"]: 100 * row.score_after for row in sweep}
-figure = plots.sweep(scores, "tool_calls after 20 steps, by rank", "rank", "exact match (%)")
+figure = plots.by_setting(scores, "tool_calls after 20 steps, by rank", "rank", "exact match (%)")
 plots.show(figure, alt="Exact match after 20 steps, rising with the rank, more slowly as the rank grows.")
 
 # %% [markdown]

@@ -47,7 +47,7 @@ from autograder.checks.qlora import (
 )
 from peftlab import plots
 from peftlab.dynamic_code import dynamic_code, nearest_code
-from peftlab.llama import PRESETS, Llama, causal_loss, set_gradient_checkpointing
+from peftlab.llama import ALL_LINEAR, PRESETS, Llama, causal_loss, set_gradient_checkpointing
 from peftlab.memory import MEBIBYTE, StepMemory, measure_training_step, step_table, tensor_bytes
 
 UNIT = "10_qlora"
@@ -864,19 +864,7 @@ plots.show(
 from peftlab import comparison
 
 COMPARED = {"QLoRA, rank 8": ("qlora", ""), "LoRA, rank 8": ("lora", ""), "full": ("full", "")}
-shipped = comparison.select(COMPARED)
-for task in comparison.TASKS:
-    rows_by_name = comparison.on_task(shipped, task)
-    if rows_by_name:
-        plots.show(
-            plots.learning_rate_sweep(rows_by_name, f"The learning rate, on {task}"),
-            alt=f"Loss and score on {task} against the learning rate: QLoRA's runs along LoRA's, full fine-tuning's lies at rates ten times lower and more.",
-        )
-
-# %%
-print(comparison.sweep_table({key: rows for key, rows in shipped.items() if rows[0].method == "qlora"}))
-print(comparison.score_table(shipped))
-print(comparison.memory_table(shipped))
+shipped = comparison.show(COMPARED, "qlora")
 
 # %%
 for task in comparison.TASKS:
@@ -888,8 +876,7 @@ for task in comparison.TASKS:
         )
 
 # %% [markdown]
-# *What to see.* The lines, and the first table, show the runs with seed 0; small faint points are the other seeds. The ring, and the star, are at the
-# rate with the lowest mean of three. Hold the difference of the means against the spreads beside it. Dettmers et al. find no loss against 16 bits
+# *What to see.* Compare the difference of the means with the spreads beside it. Dettmers et al. find no loss against 16 bits
 # (section 4). In the rows that come with the course QLoRA ends a point below LoRA on reviews, and three below on tool calls, where LoRA's own three
 # seeds lie ten points apart: three seeds cannot tell such a difference from luck. (If your copy of SmolLM2 is the one that pip installs, it has been
 # quantized once before; see unit 09.)
@@ -1256,8 +1243,6 @@ with warnings.catch_warnings():
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig as HubConfig
 from transformers import LlamaForCausalLM
-
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 # %% tags=["experiment"]

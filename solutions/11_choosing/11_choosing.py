@@ -52,7 +52,7 @@ from autograder.checks.choosing import (
 from peftlab import comparison, plots, results, settings
 from peftlab.choosing import ACCESS, Job, Option, Reason, Recommendation, Refusal
 from peftlab.comparison import late_loss, machine
-from peftlab.llama import PRESETS, Llama, LlamaConfig, rotate
+from peftlab.llama import ALL_LINEAR, PRESETS, Llama, LlamaConfig, rotate
 from peftlab.memory import MEBIBYTE, StepMemory, step_table
 from peftlab.recipes import RECIPES, recipe_with, with_factors
 from peftlab.results import Row
@@ -467,7 +467,7 @@ class Prompted(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         prompt = self.soft_prompt.expand(input_ids.shape[0], -1, -1)
-        hidden = self.base.decode(torch.cat([prompt, self.base.embed_tokens(input_ids)], dim=1))
+        hidden = self.base.run_layers(torch.cat([prompt, self.base.embed_tokens(input_ids)], dim=1))
         return hidden[:, self.soft_prompt.shape[0] :]
 
 
@@ -579,9 +579,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, g
 from transformers import LlamaConfig as HubConfig
 from transformers import LlamaForCausalLM
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 in_peft = {
-    "lora": LoraConfig(r=16, target_modules=LINEAR, task_type=TaskType.CAUSAL_LM),
+    "lora": LoraConfig(r=16, target_modules=ALL_LINEAR, task_type=TaskType.CAUSAL_LM),
     "prompt_tuning": PromptTuningConfig(num_virtual_tokens=16, task_type=TaskType.CAUSAL_LM),
     "prefix_tuning": PrefixTuningConfig(num_virtual_tokens=16, task_type=TaskType.CAUSAL_LM),
 }

@@ -2,7 +2,7 @@
 
 
 def adapter_class():
-    """Return an `Adapter` of our own, so that where adapters stand does not depend on how the student's works."""
+    """Return an `Adapter` class of our own: a mistake in the student's must not show where adapters are put into a model."""
     import torch.nn.functional as F
     from torch import nn
 

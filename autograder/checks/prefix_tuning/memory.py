@@ -65,7 +65,7 @@ def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, token
     positions = torch.arange(tokens, tokens + x.shape[1])
 
     def loss():
-        return base.decode(x, positions=positions).sum()
+        return base.run_layers(x, positions=positions).sum()
 
     optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-3)
     seen = tensors_of_step(loss, parameters, optimizer, not_counted=[x])

@@ -34,7 +34,7 @@ class PrefixModel(nn.Module):
         tokens = keys.shape[1]
         counted = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions = tokens - 1 + counted.cumsum(dim=1)
-        return self.base.decode(self.base.embed_tokens(input_ids), attention_mask, positions)
+        return self.base.run_layers(self.base.embed_tokens(input_ids), attention_mask, positions)
 
 
 def model_case(
@@ -133,7 +133,7 @@ def drive_model(PrefixModel, weights, keys, values, input_ids, padding, heads):
     seen["the hidden states of a padded batch's text after the prefix has changed"] = (
         padded[padding.bool()] if padded.shape[:2] == padding.shape else padded
     )
-    base.decode = lambda x, attention_mask=None, positions=None: x[..., 0] + positions
+    base.run_layers = lambda x, attention_mask=None, positions=None: x[..., 0] + positions
     try:  # "meta" is a device without numbers: mixing it with the CPU is an error, and so is reading a number
         for mask in (None, padding.to("meta")):
             model.to("meta")(input_ids.to("meta"), mask)
@@ -161,7 +161,7 @@ _WRAP = "base.layers[number].self_attn = wrap(base.layers[number].self_attn, pre
 _KEEP = "self.base = base\n        self.prefix = prefix"
 _COUNTED = "counted = torch.ones_like(input_ids) if attention_mask is None else attention_mask"
 _POSITIONS = "positions = tokens - 1 + counted.cumsum(dim=1)"
-_DECODE = "return self.base.decode(self.base.embed_tokens(input_ids), attention_mask, positions)"
+_RUN_LAYERS = "return self.base.run_layers(self.base.embed_tokens(input_ids), attention_mask, positions)"
 
 check_prefix_model = Exercise(
     spec=[PrefixModel],
@@ -197,17 +197,17 @@ check_prefix_model = Exercise(
             _COUNTED: "counted = torch.ones_like(input_ids)",
         },
         "the attention mask is not passed on: tokens look at padding": {
-            _DECODE: _DECODE.replace("attention_mask, positions", "None, positions"),
+            _RUN_LAYERS: _RUN_LAYERS.replace("attention_mask, positions", "None, positions"),
         },
         "the attention mask is extended by the prefix, as for prompt tuning: here the prefix is no part of the sequence": {
-            _DECODE: (
+            _RUN_LAYERS: (
                 "if attention_mask is not None:\n"
                 "            attention_mask = torch.cat([attention_mask.new_ones(len(input_ids), tokens), attention_mask], 1)\n"
-                "        " + _DECODE
+                "        " + _RUN_LAYERS
             ),
         },
         "the first hidden states are cut off, as for prompt tuning: here all of them are the text's": {
-            _DECODE: _DECODE + "[:, tokens:]",
+            _RUN_LAYERS: _RUN_LAYERS + "[:, tokens:]",
         },
         "the number of tokens is read from the wrong axis: a layer's keys are (kv_heads, tokens, head_dim)": {
             "keys.shape[1]": "keys.shape[0]",
@@ -224,7 +224,7 @@ check_prefix_model = Exercise(
             ),
         },
         "no gradient reaches the prefix: forward runs without gradients, or detaches what it returns": {
-            _DECODE: f"with torch.no_grad():\n            {_DECODE}",
+            _RUN_LAYERS: f"with torch.no_grad():\n            {_RUN_LAYERS}",
         },
         "the base is not frozen: only the prefix is trained": {_FREEZE: "pass"},
         "the prefix is frozen with the base: freeze that before the layers hold the prefix": {

@@ -3,7 +3,7 @@
 import torch
 
 from autograder.checks.prompt_tuning.cases import exact_case, prompted_case
-from autograder.checks.prompt_tuning.helpers import decode_exactly
+from autograder.checks.prompt_tuning.helpers import run_exactly
 from autograder.checks.prompt_tuning.prompted_model import (
     BASE,
     BATCHED,
@@ -21,7 +21,7 @@ from autograder.exercise import Exercise
 def drive_prompted(PromptedModel, sizes, weights, start, input_ids, attention_mask, output_gradient, exact):
     """Build a small LLaMA with a prompt before it; return the text's hidden states, and what gets a gradient.
 
-    Where the case is exact, the base rounds nothing (see `decode_exactly`).
+    Where the case is exact, the base rounds nothing (see `run_exactly`).
     """
     import torch
     from torch import nn
@@ -29,8 +29,8 @@ def drive_prompted(PromptedModel, sizes, weights, start, input_ids, attention_ma
     from peftlab.llama import LlamaConfig, LlamaModel
 
     class Exact(LlamaModel):
-        def decode(self, x, attention_mask=None, positions=None):
-            return decode_exactly(self, x, attention_mask, positions)
+        def run_layers(self, x, attention_mask=None, positions=None):
+            return run_exactly(self, x, attention_mask, positions)
 
     base = (Exact if exact else LlamaModel)(LlamaConfig(*sizes))
     nn.utils.vector_to_parameters(weights, base.parameters())
@@ -109,7 +109,7 @@ check_prompted_forward = Exercise(
         exact_case(generator, "none", torch.bfloat16, prompt_dtype=torch.bfloat16),
     ],
     driver=drive_prompted,
-    helpers=[decode_exactly],
+    helpers=[run_exactly],
     reading=read_prompted,
     tolerance=model_tolerance,
     mistakes={
@@ -134,7 +134,7 @@ check_prompted_forward = Exercise(
             PROMPT_MASK: "own + [1] * length",
         },
         "the attention mask hides the prompt: in front of it belong ones, not zeros": {PROMPT_MASK: "[0] * length + own"},
-        "the text sees padding: give `decode` the attention mask": {_MASK_AND_POSITIONS: "None, torch.tensor(positions)"},
+        "the text sees padding: give `run_layers` the attention mask": {_MASK_AND_POSITIONS: "None, torch.tensor(positions)"},
         "the text sees padding: the text's own attention mask is lost": {_MASK_AND_POSITIONS: "None, None"},
         "padding between prompt and text counts as distance: the text's positions must follow the prompt's without a gap": {
             _MASK_AND_POSITIONS: "torch.tensor(masks)"
@@ -143,8 +143,8 @@ check_prompted_forward = Exercise(
             "[sum(masks[-1][: place + 1]) - 1 for place in range(length + len(own))]": (
                 "list(range(length)) + [sum(own[:place]) for place in range(len(own))]"
             ),
-            "hidden = self.base.decode(torch.stack(sequences))\n": (
-                "hidden = self.base.decode(torch.stack(sequences), None, torch.tensor(positions))\n"
+            "hidden = self.base.run_layers(torch.stack(sequences))\n": (
+                "hidden = self.base.run_layers(torch.stack(sequences), None, torch.tensor(positions))\n"
             ),
         },
         "the base is not frozen: only the prompt may get a gradient": {FREEZE: "pass"},
@@ -193,7 +193,7 @@ check_prompted_forward = Exercise(
                     for ids, own in zip(input_ids, kept.bool()):
                         text = self.base.embed_tokens(ids[own])
                         alone = torch.cat([self.soft_prompt.to(text), text])
-                        hidden = self.base.decode(alone[None])[0]
+                        hidden = self.base.run_layers(alone[None])[0]
                         full = hidden.new_zeros(len(ids), hidden.shape[1])
                         full[own] = hidden[len(self.soft_prompt) :]
                         outputs.append(full)
@@ -217,7 +217,7 @@ check_prompted_forward = Exercise(
                     x = torch.cat([self.soft_prompt.to(text.dtype).expand(batch, -1, -1), text], 1)
                     order = mask.argsort(dim=1, stable=True)
                     x = x.gather(1, order[..., None].expand(-1, -1, hidden_size))
-                    hidden = self.base.decode(x, mask.gather(1, order))
+                    hidden = self.base.run_layers(x, mask.gather(1, order))
                     back = order.argsort(1)
                     return hidden.gather(1, back[..., None].expand(-1, -1, hidden_size))[:, length:]
         """,

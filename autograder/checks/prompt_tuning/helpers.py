@@ -1,11 +1,11 @@
 """What the unit's drivers call: it travels with them, so it stands alone."""
 
 
-def decode_exactly(base, x, attention_mask, positions):
-    """Return what a base gives that rounds nothing if it is fed small whole numbers.
+def run_exactly(base, x, attention_mask, positions):
+    """Return the hidden states of a base that rounds nothing when it is given small whole numbers.
 
-    It takes the place of a LLaMA whose dtype would leave room for mistakes: it sums what a position may look at, each
-    summand multiplied by its distance.
+    It replaces a LLaMA, whose rounding in 16 bits would hide mistakes. For every position it sums the vectors that the
+    position may look at, each multiplied by its distance.
     """
     import torch
 

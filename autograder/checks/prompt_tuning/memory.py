@@ -108,7 +108,7 @@ check_prompted_memory = Exercise(
             "return hidden": "self.last = hidden\n        return hidden"
         },
         "the base runs twice: once with the prompt is enough": {
-            "return hidden": "hidden = hidden + 0 * self.base.decode(torch.stack(sequences))[:, :1].sum()\n        return hidden"
+            "return hidden": "hidden = hidden + 0 * self.base.run_layers(torch.stack(sequences))[:, :1].sum()\n        return hidden"
         },
         "the prompt of each token of the text is another copy: the sequence is longer than prompt and text together": {
             SEQUENCE: "torch.cat([prompt.to(text.dtype), prompt.to(text.dtype), text[row]])",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from autograder.cases import normal
 from autograder.checks.prompt_tuning.cases import exact_case, prompted_case
-from autograder.checks.prompt_tuning.helpers import decode_exactly
+from autograder.checks.prompt_tuning.helpers import run_exactly
 from autograder.checks.prompt_tuning.prompted_model import FREEZE
 from autograder.drive import Observation
 from autograder.exercise import Exercise
@@ -35,7 +35,7 @@ class MixedPrompts(nn.Module):
             own = [1] * text.shape[1] if attention_mask is None else attention_mask[row].tolist()
             masks.append([0] * len(missing) + [1] * len(prompt) + own)
             positions.append([sum(masks[-1][: place + 1]) - 1 for place in range(longest + len(own))])
-        hidden = self.base.decode(torch.stack(sequences), torch.tensor(masks), torch.tensor(positions))
+        hidden = self.base.run_layers(torch.stack(sequences), torch.tensor(masks), torch.tensor(positions))
         return hidden[:, longest:]
 
 
@@ -74,9 +74,11 @@ def drive_mixed(MixedPrompts, sizes, weights, prompts, lengths, input_ids, task_
     runs = []
 
     class Counted(LlamaModel):
-        def decode(self, x, attention_mask=None, positions=None):
+        def run_layers(self, x, attention_mask=None, positions=None):
             runs.append(len(x))
-            return decode_exactly(self, x, attention_mask, positions) if exact else super().decode(x, attention_mask, positions)
+            return (
+                run_exactly(self, x, attention_mask, positions) if exact else super().run_layers(x, attention_mask, positions)
+            )
 
     base = Counted(LlamaConfig(*sizes))
     nn.utils.vector_to_parameters(weights, base.parameters())
@@ -135,7 +137,7 @@ check_mixed_prompts = Exercise(
         exact_mixed_case(generator, "each", torch.bfloat16),
     ],
     driver=drive_mixed,
-    helpers=[decode_exactly],
+    helpers=[run_exactly],
     reading=read_mixed,
     # As for PromptedModel: ten times the rounding that was measured there.
     tolerance=lambda case: (
@@ -217,7 +219,7 @@ check_mixed_prompts = Exercise(
                         kept = torch.ones_like(ids).bool() if attention_mask is None else attention_mask[row].bool()
                         prompt = self.soft_prompts[int(task_ids[row])]
                         text = self.base.embed_tokens(ids[kept])
-                        hidden = self.base.decode(torch.cat([prompt.to(text.dtype), text])[None])[0]
+                        hidden = self.base.run_layers(torch.cat([prompt.to(text.dtype), text])[None])[0]
                         output = hidden.new_zeros(len(ids), hidden.shape[1])
                         output[kept] = hidden[len(prompt) :]
                         outputs.append(output)
@@ -241,7 +243,7 @@ check_mixed_prompts = Exercise(
                         mask = input_ids.new_ones(x.shape[:2])
                         if attention_mask is not None:
                             mask[:, len(prompt) :] = attention_mask[rows]
-                        output[rows] = self.base.decode(x, mask, mask.cumsum(1) - 1)[:, len(prompt) :]
+                        output[rows] = self.base.run_layers(x, mask, mask.cumsum(1) - 1)[:, len(prompt) :]
                     return output
         """,
     },
@@ -263,7 +265,7 @@ check_mixed_prompts = Exercise(
                     text = self.base.embed_tokens(input_ids)
                     x = torch.cat([torch.stack(padded).to(text.dtype)[task_ids], text], 1)
                     positions = mask.cumsum(1) - 1
-                    return self.base.decode(x, mask, positions)[:, longest:]
+                    return self.base.run_layers(x, mask, positions)[:, longest:]
         """,
         "the batch at once, padded on the right": """
             class MixedPrompts(nn.Module):
@@ -282,7 +284,7 @@ check_mixed_prompts = Exercise(
                     kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                     mask = torch.cat([used.to(kept.dtype), kept], 1)
                     x = torch.cat([padded[task_ids].to(text.dtype), text], 1)
-                    return self.base.decode(x, mask, mask.cumsum(1))[:, -text.shape[1] :]
+                    return self.base.run_layers(x, mask, mask.cumsum(1))[:, -text.shape[1] :]
         """,
         "row by row, padded to the longest in the batch": """
             class MixedPrompts(nn.Module):
@@ -302,7 +304,7 @@ check_mixed_prompts = Exercise(
                         mask[row, longest - len(prompt) : longest] = 1
                     x[:, longest:] = text
                     mask[:, longest:] = 1 if attention_mask is None else attention_mask
-                    return self.base.decode(x, mask, positions=(mask.cumsum(-1) - 1).clamp(min=0))[:, longest:]
+                    return self.base.run_layers(x, mask, positions=(mask.cumsum(-1) - 1).clamp(min=0))[:, longest:]
         """,
     },
 )

@@ -26,9 +26,9 @@ class PromptedModel(nn.Module):
             masks.append([1] * length + own)
             positions.append([sum(masks[-1][: place + 1]) - 1 for place in range(length + len(own))])
         if attention_mask is None:
-            hidden = self.base.decode(torch.stack(sequences))
+            hidden = self.base.run_layers(torch.stack(sequences))
         else:
-            hidden = self.base.decode(torch.stack(sequences), torch.tensor(masks), torch.tensor(positions))
+            hidden = self.base.run_layers(torch.stack(sequences), torch.tensor(masks), torch.tensor(positions))
         return hidden[:, length:]
 
 
@@ -52,5 +52,5 @@ class PromptedModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask = torch.nn.functional.pad(attention_mask, (prompt.shape[1], 0), value=1)
-        return self.base.decode(torch.hstack([prompt, x]), mask, mask.cumsum(dim=-1))[:, -x.shape[1] :]
+        return self.base.run_layers(torch.hstack([prompt, x]), mask, mask.cumsum(dim=-1))[:, -x.shape[1] :]
 """

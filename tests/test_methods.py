@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from autograder import comparison
-from autograder.comparison import LADDER, METHODS, TRAINING, Comparison
+from autograder.measuring import methods
+from autograder.measuring.methods import LADDER, METHODS, TRAINING, Comparison
 from peftlab import plots, results
 from peftlab.comparison import (
     TASKS,
@@ -18,6 +18,7 @@ from peftlab.comparison import (
     rows,
     score_table,
     select,
+    show,
     summary,
     sweep_table,
     twin_table,
@@ -121,7 +122,7 @@ def test_every_guess_is_on_the_ladder_and_every_method_has_its_standard_form():
 
 def test_an_unknown_method_is_refused(capsys):
     with pytest.raises(SystemExit):
-        comparison.main(["adaptors"])
+        methods.main(["adaptors"])
     assert "lora" in capsys.readouterr().err
 
 
@@ -138,7 +139,7 @@ def test_one_row_from_start_to_file(monkeypatch, tmp_path):
     assert first.memory == second.memory and first.memory.gradients == 4 * first.trainable_parameters
     assert first.losses[0] == second.losses[0] and first.losses != second.losses
     assert dataclasses.replace(first, settings={}).score_before == second.score_before
-    text = comparison.again("lora", "", "tool_calls")
+    text = methods.again("lora", "", "tool_calls")
     assert text.startswith("tool_calls, lora, learning rate 0.003, seed 0") and "96.5%" in text and "2,442,240" in text
 
 
@@ -168,6 +169,18 @@ def test_tables_name_every_kind_once_and_leave_out_what_was_not_measured(monkeyp
     assert "85.0%" in score_table(shipped) and "10.0%" in score_table(shipped) and "50.000%" in score_table(shipped)
     assert memory_table(shipped).count("bottlenecks") == 1
     assert max(map(len, score_table(shipped).splitlines())) <= 115
+
+
+def test_a_comparison_is_shown_in_a_picture_a_task_and_three_tables(monkeypatch, capsys):
+    pictures = {}
+    monkeypatch.setattr(plots, "show", lambda figure, alt: pictures.update({figure.get_suptitle(): alt}))
+    shipped = show({"biases": ("bitfit", ""), "LoRA": ("lora", "")}, "bitfit")
+    assert list(pictures) == [f"The learning rate, on {task}" for task in TASKS]
+    assert all("biases; LoRA" in alt for alt in pictures.values())
+    said = capsys.readouterr().out
+    swept = {key: rows for key, rows in shipped.items() if rows[0].method == "bitfit"}
+    for table in (sweep_table(swept), score_table(shipped), memory_table(shipped)):
+        assert table in said
 
 
 @pytest.mark.parametrize(

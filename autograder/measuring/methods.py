@@ -1,10 +1,10 @@
 """Measure the comparison of methods: every method on both tasks, its learning rate swept, on several seeds.
 
-    python -m autograder.comparison                        all that has not been measured yet
-    python -m autograder.comparison adapters bitfit        these methods
-    python -m autograder.comparison prompt_tuning:random   one variant of a method
-    python -m autograder.comparison --list                 what there is, and what has been measured
-    python -m autograder.comparison --again lora           measure a shipped row once more; both, side by side
+    python -m autograder.measuring.methods                        all that has not been measured yet
+    python -m autograder.measuring.methods adapters bitfit        these methods
+    python -m autograder.measuring.methods prompt_tuning:random   one variant of a method
+    python -m autograder.measuring.methods --list                 what there is, and what has been measured
+    python -m autograder.measuring.methods --again lora           measure a shipped row once more; both, side by side
 
 A row is saved as soon as it is measured, below `course/peftlab/measured/comparison`, and what is there is not measured again:
 it may be stopped at any time and started again, and several may run side by side on different methods. The methods are the
@@ -33,7 +33,7 @@ from autograder.reference import load_reference, units
 from peftlab import results, tasks
 from peftlab.comparison import UNIT, chosen_rate, late_losses, rows, summary, twin_table
 from peftlab.experiment import fine_tune
-from peftlab.llama import Llama
+from peftlab.llama import ALL_LINEAR, Llama
 from peftlab.pretrained import load_smollm2
 from peftlab.results import Row
 from peftlab.tasks import Task
@@ -49,7 +49,6 @@ INSTRUCTIONS = {
 }
 """What a soft prompt or a prefix starts from, where it starts from text."""
 TOKENS = 16
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def save_trainable(model: nn.Module, path: Path) -> None:
@@ -272,7 +271,7 @@ def chosen(names: list[str]) -> Iterator[tuple[str, str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line described in this module's docstring; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m autograder.comparison", description="Measure the comparison of methods.")
+    parser = argparse.ArgumentParser(prog="python -m autograder.measuring.methods", description="Measure and compare methods.")
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="such as adapters or prompt_tuning:random; default: all")
     parser.add_argument("--tasks", nargs="+", choices=TRAINING, default=list(TRAINING))
     parser.add_argument("--folder", type=Path, default=results.SHIPPED, help="where rows are kept (default: the course's own)")

@@ -51,40 +51,14 @@ from autograder.execute import (
     unit_version,
 )
 from autograder.intake import Submission, UnusableError, write_files
+from autograder.plain import whole
+from autograder.records import FAILED, MARKED, UNUSABLE, Record
 from autograder.reference import units
 from autograder.sandbox import Limits, SandboxMissingError, remove, require_sandbox
 from autograder.sanitize import answered, released_of
 
-MARKED, UNUSABLE, FAILED = "marked", "unusable", "failed"
 MARGIN_SECONDS = 900
 """For starting kernels, and for what the checks themselves compute."""
-
-
-@dataclass
-class Record:
-    """What became of a submission.
-
-    Attributes:
-        submission, version: digests of what was handed in, and of unit and grader (`execute.unit_version`).
-        due: when it was due, and what lateness costs, as that was when it was marked.
-        status: marked; unusable, by the student's doing; or failed, by the grader's, and tried again at the next run.
-        line: why there is no mark.
-        notes: sentences on what an instructor might want to look at.
-        mistakes: what each failed check said, by the id of its cell.
-        seconds: by stage.
-    """
-
-    student: str
-    submission: str = ""
-    version: str = ""
-    due: str = ""
-    status: str = FAILED
-    line: str = ""
-    notes: list[str] = field(default_factory=list)
-    mistakes: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: float = 0.0
-    peak_bytes: int = 0
 
 
 @dataclass
@@ -111,7 +85,7 @@ def grade(unit: str, settings: Settings) -> list[Record]:
         require_sandbox()
     with _only_one(settings.root):
         run = _Run(unit, settings)
-        records, open_ones = run.sort_out()
+        records, open_ones = run.read_submissions()
         if open_ones:
             with _cluster(settings) as client:
                 for record in run.execute_and_mark(client, open_ones):
@@ -140,14 +114,14 @@ class _Run:
             self.due = _terms(gradebook.find_assignment(unit).duedate, self.config)
         self.released = released_of(self.db_url, unit, unit)
 
-    def sort_out(self) -> tuple[dict[str, Record], dict[str, Submission]]:
+    def read_submissions(self) -> tuple[dict[str, Record], dict[str, Submission]]:
         """Read every submission; return the records of those that are done with, and those that are to be graded."""
         records, open_ones = {}, {}
         for student, place in intake.students(self.settings.root / "submitted", self.unit):
             try:
                 problem = intake.name_problem(student)
                 if problem:
-                    records[student] = self._keep(Record(student, version=self.version, status=UNUSABLE, line=problem))
+                    records[student] = self._keep(Record(student, version=self.version, status=UNUSABLE, reason=problem))
                     continue
                 submission = intake.read(place, self.unit, self.answers)
                 known = self._known(student, submission)
@@ -159,8 +133,8 @@ class _Run:
             except UnusableError as error:
                 records[student] = self._unusable(student, Submission(NotebookNode()), str(error))
             except Exception as error:
-                line = f"it could not be read ({_described(error)})"
-                records[student] = self._failed(student, Submission(NotebookNode()), line)
+                reason = f"it could not be read ({_described(error)})"
+                records[student] = self._failed(student, Submission(NotebookNode()), reason)
         return records, open_ones
 
     def answers(self, notebook: NotebookNode) -> int:
@@ -288,19 +262,19 @@ class _Run:
             )
         )
 
-    def _unusable(self, student: str, submission: Submission, line: str) -> Record:
-        return self._without_a_mark(student, submission, UNUSABLE, line)
+    def _unusable(self, student: str, submission: Submission, reason: str) -> Record:
+        return self._without_a_mark(student, submission, UNUSABLE, reason)
 
-    def _failed(self, student: str, submission: Submission, line: str) -> Record:
-        return self._without_a_mark(student, submission, FAILED, line)
+    def _failed(self, student: str, submission: Submission, reason: str) -> Record:
+        return self._without_a_mark(student, submission, FAILED, reason)
 
-    def _without_a_mark(self, student: str, submission: Submission, status: str, line: str) -> Record:
+    def _without_a_mark(self, student: str, submission: Submission, status: str, reason: str) -> Record:
         """Keep the record of a submission that got no mark, and take an earlier mark back."""
-        record = Record(student, submission.digest, self.version, self.due, status, line, submission.notes)
+        record = Record(student, submission.digest, self.version, self.due, status, reason, submission.notes)
         try:
             self.withdraw_marks(record.student)
         except Exception as error:
-            record.line += f"; and an earlier mark could not be taken back ({_described(error)})"
+            record.reason += f"; and an earlier mark could not be taken back ({_described(error)})"
         return self._keep(record)
 
     def _record_path(self, student: str) -> Path:
@@ -310,9 +284,9 @@ class _Run:
 
     def _keep(self, record: Record) -> Record:
         """Write a record down. If that fails it still stands in this run's report, and the next run grades once more."""
-        record.line = intake.printable(record.line)
+        record.reason = intake.printable(record.reason)
         record.notes = [intake.printable(note) for note in record.notes]
-        record.mistakes = {cell: intake.whole(text) for cell, text in record.mistakes.items()}
+        record.mistakes = {cell: whole(text) for cell, text in record.mistakes.items()}
         path = self._record_path(record.student)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ import nbformat
 from nbformat import NotebookNode
 from nbgrader.utils import parse_utc
 
+from autograder.plain import bounded, whole
+
 NOTEBOOK_BYTES = 500 * 2**20
 CELLS_BYTES = 50 * 2**20
 """Of a notebook without its outputs."""
@@ -31,8 +33,6 @@ FOLDERS_DEEP = 20
 NAME_BYTES = 200
 """Of a file's, a folder's or a student's name: file systems take 255, and the grader puts endings behind it."""
 NOTEBOOKS = 20
-NESTED = 40
-"""Levels that lists and dicts of a notebook may be nested in each other; what lies deeper is dropped."""
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 OTHER_ARCHIVES = (".rar", ".7z", ".gz", ".bz2", ".xz")
 TIMESTAMP = "timestamp.txt"
@@ -77,13 +77,6 @@ def printable(text: str, characters: int = 500) -> str:
     """Return a text that can be written anywhere: on one line, encodable, and not endless."""
     line = " ".join(re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", whole(text)).split())
     return line if len(line) <= characters else line[: characters - 1] + "…"
-
-
-def whole(text: str) -> str:
-    """Return the text with U+FFFD where only half of a surrogate pair stands, which cannot be encoded."""
-    if not re.search("[\ud800-\udfff]", text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def students(submitted: Path, unit: str) -> Iterator[tuple[str, Path]]:
@@ -505,14 +498,3 @@ def _attachments(given: dict) -> dict:
         for name, forms in given.items()
         if isinstance(forms, dict)
     }
-
-
-def bounded(value: object, depth: int = NESTED) -> object:
-    """Return a value from JSON with what is nested too deep left out, and all of its text encodable."""
-    if isinstance(value, str):
-        return whole(value)
-    if isinstance(value, dict):
-        return {whole(str(key)): bounded(item, depth - 1) for key, item in value.items()} if depth else None
-    if isinstance(value, list | tuple):
-        return [bounded(item, depth - 1) for item in value] if depth else None
-    return value if value is None or isinstance(value, bool | int | float) else whole(str(value))

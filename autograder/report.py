@@ -11,15 +11,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nbgrader.api import Assignment, Grade, Gradebook, MissingEntry, SubmittedAssignment
 
 from autograder import intake
 from autograder.build import course_config
-
-if TYPE_CHECKING:
-    from autograder.grade import Record
+from autograder.records import Record
 
 SHOWN = 10
 COLUMNS = (
@@ -29,7 +26,7 @@ COLUMNS = (
 NOT_HANDED_IN, WAITS, LATE = "not handed in", "waits for a person", "late"
 
 
-def write(unit: str, records: list["Record"], root: Path) -> Path:
+def write(unit: str, records: list[Record], root: Path) -> Path:
     """Write the report on a unit and the table of all marks; return the report's path."""
     folder = root / "report"
     folder.mkdir(exist_ok=True)
@@ -95,11 +92,11 @@ def _statuses(root: Path, unit: str) -> dict[str, str]:
     return statuses
 
 
-def summary(unit: str, records: list["Record"], root: Path) -> str:
+def summary(unit: str, records: list[Record], root: Path) -> str:
     """Return one or a few lines for the terminal."""
     counted = Counter(record.status for record in records)
     lines = [f"{unit}: {', '.join(f'{number} {status}' for status, number in counted.items()) or 'no submissions'}."]
-    lines += [f"  {record.student}: {record.line}" for record in records if record.line]
+    lines += [f"  {record.student}: {record.reason}" for record in records if record.reason]
     return "\n".join([*lines, f"  See {root / 'report' / unit}.md"])
 
 
@@ -132,7 +129,7 @@ def _total(scores: dict[str, Mark]) -> float:
     return max(0.0, sum(score or 0.0 for score, _, _ in scores.values()))
 
 
-def _lines(unit: str, records: list["Record"], marks: dict) -> Iterator[str]:
+def _lines(unit: str, records: list[Record], marks: dict) -> Iterator[str]:
     marked = [record for record in records if record.status == "marked" and record.student in marks]
     yield f"# {unit}: {len(records)} submissions"
     yield ""
@@ -147,14 +144,14 @@ def _lines(unit: str, records: list["Record"], marks: dict) -> Iterator[str]:
     yield from _table(marked, marks)
 
 
-def _not_marked(records: list["Record"]) -> Iterator[str]:
-    without = [record for record in records if record.line]
+def _not_marked(records: list[Record]) -> Iterator[str]:
+    without = [record for record in records if record.reason]
     if without:
         yield "## Without a mark"
         yield ""
         yield "*Unusable* is for the student to mend; *failed* is the grader's trouble, and is tried again by the next run."
         yield ""
-        yield from _rows(("student", "status", "why"), ((record.student, record.status, record.line) for record in without))
+        yield from _rows(("student", "status", "why"), ((record.student, record.status, record.reason) for record in without))
 
 
 def _distribution(all_marks: list[dict]) -> Iterator[str]:
@@ -182,7 +179,7 @@ def _distribution(all_marks: list[dict]) -> Iterator[str]:
     yield from _rows(("graded cell", "points", "full marks", "waiting for a person"), rows)
 
 
-def _mistakes(records: list["Record"]) -> Iterator[str]:
+def _mistakes(records: list[Record]) -> Iterator[str]:
     counted = Counter(
         (cell, text.splitlines()[0] if text else "") for record in records for cell, text in record.mistakes.items()
     )
@@ -193,7 +190,7 @@ def _mistakes(records: list["Record"]) -> Iterator[str]:
         yield from _rows(("students", "graded cell", "what the check said"), rows)
 
 
-def _notes(records: list["Record"]) -> Iterator[str]:
+def _notes(records: list[Record]) -> Iterator[str]:
     noted = [(record.student, note) for record in records for note in record.notes]
     if noted:
         yield "## Worth a look"
@@ -203,7 +200,7 @@ def _notes(records: list["Record"]) -> Iterator[str]:
         yield from _rows(("student", "what"), noted)
 
 
-def _cost(records: list["Record"]) -> Iterator[str]:
+def _cost(records: list[Record]) -> Iterator[str]:
     yield "## Cost"
     yield ""
     stages = {stage: None for record in records for stage in record.seconds}
@@ -219,7 +216,7 @@ def _cost(records: list["Record"]) -> Iterator[str]:
     yield ""
 
 
-def _table(records: list["Record"], marks: dict) -> Iterator[str]:
+def _table(records: list[Record], marks: dict) -> Iterator[str]:
     yield "## Everyone"
     yield ""
     cells = list(dict.fromkeys(cell for record in records for cell in marks[record.student]))

@@ -17,7 +17,7 @@ from jupyter_client import BlockingKernelClient, write_connection_file
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
-from autograder import intake
+from autograder.plain import bounded, whole
 from autograder.sandbox_process import SandboxProcess
 from autograder.watch import StoppedError
 
@@ -189,10 +189,10 @@ def _output(kind: str, content: dict) -> tuple[NotebookNode | None, int]:
         name = "stderr" if content.get("name") == "stderr" else "stdout"
         output = {"output_type": kind, "name": name, "text": _as_text(content.get("text"))}
     elif kind in ("display_data", "execute_result"):
-        data, metadata = content.get("data"), intake.bounded(content.get("metadata"))
+        data, metadata = content.get("data"), bounded(content.get("metadata"))
         if not isinstance(data, dict):
             return None, 0
-        shown = {intake.whole(str(mime)): _shown(str(mime), value) for mime, value in data.items()}
+        shown = {whole(str(mime)): _shown(str(mime), value) for mime, value in data.items()}
         output = {"output_type": kind, "data": shown, "metadata": metadata if isinstance(metadata, dict) else {}}
         if kind == "execute_result":
             count = content.get("execution_count")
@@ -213,15 +213,15 @@ def _shortened(error: NotebookNode) -> NotebookNode:
 
 
 def _as_text(value: object) -> str:
-    return intake.whole(value) if isinstance(value, str) else "" if value is None else str(intake.bounded(value))
+    return whole(value) if isinstance(value, str) else "" if value is None else str(bounded(value))
 
 
 def _shown(mime: str, value: object) -> object:
     """Return what a display shows: JSON where it may be, and text elsewhere."""
     if mime.endswith("json"):
-        return intake.bounded(value)
+        return bounded(value)
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return [intake.whole(line) for line in value]
+        return [whole(line) for line in value]
     return _as_text(value)
 
 

@@ -117,7 +117,7 @@ def test_the_graders_own_trouble_leaves_no_mark_and_is_mended_by_the_next_run(cl
     with monkeypatch.context() as patched:
         patched.setattr(grade, "_execute_there", instead)
         record = run(classroom, sandboxed=sandboxed, workers=1)["student"]
-    assert record.status == FAILED and "executing it failed" in record.line
+    assert record.status == FAILED and "executing it failed" in record.reason
     assert {classroom.mark("student").scores[check] for check in POINTS} == {None}
     assert classroom.mark("student").waiting >= POINTS.keys()
     assert run(classroom, sandboxed=sandboxed, scheduler=cluster)["student"].status == MARKED

@@ -30,8 +30,8 @@ from autograder.intake import (
     read,
     students,
     unknown,
-    whole,
 )
+from autograder.plain import whole
 from autograder.reference import units
 from autograder.sandbox import remove
 from autograder.student_kernel import _output, _said

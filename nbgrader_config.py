@@ -1,6 +1,6 @@
 """nbgrader's own names mapped on ours; everything else about grading lives in `autograder/`."""
 
-from nbgrader.converters import Autograde, GenerateFeedback
+from nbgrader.converters import Autograde, BaseConverter, GenerateFeedback
 from nbgrader.preprocessors import (
     CheckCellMetadata,
     ClearHiddenTests,
@@ -11,11 +11,14 @@ from nbgrader.preprocessors import (
 )
 
 from autograder.execute import ExecuteInSandbox
+from autograder.literal_names import init_notebooks
 from autograder.page_style import StyleTables
 from autograder.rubric import HideRubric, ShowRubric
 from autograder.sanitize import Repair
 
 c = get_config()
+
+BaseConverter.init_notebooks = init_notebooks
 
 c.CourseDirectory.course_id = "peft"
 c.CourseDirectory.source_directory = "solutions"

@@ -147,6 +147,7 @@ class _Executor:
             self._events.append("left processes running, which were killed")
         with self._timed("stopping the kernel"):
             self._student.close()
+            self._sandbox.answers()
         for place, cell, ran in checks:
             outputs[place] = self._check(cell, ran)
         with self._timed("stopping the sandbox"):

@@ -248,7 +248,7 @@ def _compare(expected: object, got: object, tolerance: float, at_most: bool) -> 
     if isinstance(expected, Tensor):
         return _compare_tensors(expected, got, tolerance)
     if isinstance(expected, bool):
-        return None if got is expected else f": expected {expected}, got {got}."
+        return None if got is expected else f": expected {expected}, got {_short(got)}."
     if isinstance(expected, int | float) and isinstance(got, int | float):
         right = got <= expected + tolerance if at_most else abs(got - expected) <= tolerance
         if right:

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import dask
@@ -37,6 +38,7 @@ from nbgrader.coursedir import CourseDirectory
 from nbgrader.utils import capture_log, temp_attrs
 from sqlalchemy.exc import SAWarning
 from tqdm import tqdm
+from traitlets.config.loader import Config
 
 from autograder import intake, report
 from autograder.build import ROOT, course_config
@@ -64,6 +66,7 @@ class Record:
 
     Attributes:
         submission, version: digests of what was handed in, and of unit and grader (`execute.unit_version`).
+        due: when it was due, and what lateness costs, as that was when it was marked.
         status: marked; unusable, by the student's doing; or failed, by the grader's, and tried again at the next run.
         line: why there is no mark.
         notes: sentences on what an instructor might want to look at.
@@ -74,6 +77,7 @@ class Record:
     student: str
     submission: str = ""
     version: str = ""
+    due: str = ""
     status: str = FAILED
     line: str = ""
     notes: list[str] = field(default_factory=list)
@@ -117,16 +121,6 @@ def grade(unit: str, settings: Settings) -> list[Record]:
     return done
 
 
-class _AutogradeOne(Autograde):
-    """nbgrader's `autograde` of one student, who may be called `[abc]`: a name is no pattern that folders are to match."""
-
-    def init_notebooks(self) -> None:
-        names = self.coursedir
-        folder = self._format_source(names.assignment_id, names.student_id)
-        self.assignments = {folder: [os.path.join(folder, f"{names.assignment_id}.ipynb")]}
-        self.notebooks = []
-
-
 class _Run:
     def __init__(self, unit: str, settings: Settings):
         self.unit, self.settings = unit, settings
@@ -143,6 +137,7 @@ class _Run:
                 gradebook.find_notebook(unit, unit)
             except MissingEntry:
                 raise LookupError(f"the gradebook does not know {unit}: run `make build UNIT={unit}` first") from None
+            self.due = _terms(gradebook.find_assignment(unit).duedate, self.config)
         self.released = released_of(self.db_url, unit, unit)
 
     def sort_out(self) -> tuple[dict[str, Record], dict[str, Submission]]:
@@ -173,10 +168,13 @@ class _Run:
         return answered(notebook.cells, self.released)
 
     def _known(self, student: str, submission: Submission) -> Record | None:
-        """Return the record of a submission that was marked as it is now, or else forget what was kept of the student."""
+        """Return the record of a submission that was marked as it is now, or else forget what was kept of the student.
+
+        If only the date has changed on which it was due, it is marked again, and not executed again.
+        """
         known = self._load(student)
         same = known is not None and (known.submission, known.version) == (submission.digest, self.version)
-        if same and known.status == MARKED and not self.settings.again:
+        if same and known.status == MARKED and known.due == self.due and not self.settings.again:
             return known
         if not same or self.settings.again:
             self._record_path(student).unlink(missing_ok=True)
@@ -251,7 +249,7 @@ class _Run:
     def autograde(self, student: str) -> dict:
         """Run nbgrader's `autograde` on what is staged of a student; return whether it succeeded, and its log."""
         with temp_attrs(self.api.coursedir, assignment_id=self.unit, student_id=student):
-            step = _AutogradeOne(coursedir=self.api.coursedir, parent=self.api)
+            step = Autograde(coursedir=self.api.coursedir, parent=self.api)
             step.force = True
             return capture_log(step)
 
@@ -280,6 +278,7 @@ class _Run:
                 student=student,
                 submission=submission.digest,
                 version=self.version,
+                due=self.due,
                 status=MARKED,
                 notes=[*submission.notes, *marked.metadata.get("repairs", []), *execution["events"]],
                 mistakes=dict(_failed_checks(marked)),
@@ -290,13 +289,14 @@ class _Run:
         )
 
     def _unusable(self, student: str, submission: Submission, line: str) -> Record:
-        return self._without_a_mark(Record(student, submission.digest, self.version, UNUSABLE, line, submission.notes))
+        return self._without_a_mark(student, submission, UNUSABLE, line)
 
     def _failed(self, student: str, submission: Submission, line: str) -> Record:
-        return self._without_a_mark(Record(student, submission.digest, self.version, FAILED, line, submission.notes))
+        return self._without_a_mark(student, submission, FAILED, line)
 
-    def _without_a_mark(self, record: Record) -> Record:
+    def _without_a_mark(self, student: str, submission: Submission, status: str, line: str) -> Record:
         """Keep the record of a submission that got no mark, and take an earlier mark back."""
+        record = Record(student, submission.digest, self.version, self.due, status, line, submission.notes)
         try:
             self.withdraw_marks(record.student)
         except Exception as error:
@@ -381,6 +381,14 @@ def _within(seconds: float, work: Callable[[], Execution]) -> Execution:
     return done[0]
 
 
+def _terms(due: datetime | None, config: Config) -> str:
+    """Return when a unit is due and how lateness is judged, as text; empty where nothing of it has been set."""
+    policy = {
+        name: value for name, value in config.items() if name in ("AssignLatePenalties", "LateSubmissionPlugin") and value
+    }
+    return f"{due or ''}{policy or ''}"
+
+
 def _failed_checks(notebook: NotebookNode) -> Iterator[tuple[str, str]]:
     for cell in notebook.cells:
         marks = cell.metadata.get("nbgrader", {})
@@ -462,6 +470,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{submitted} holds {len(strangers)} entries in which no unit is, as STUDENT/UNIT/, STUDENT/UNIT.zip or "
             f"STUDENT/UNIT.ipynb: {', '.join(strangers[:10])}{', ...' if len(strangers) > 10 else ''}",
+            intake.layout(strangers),
+            sep="\n",
             file=sys.stderr,
         )
     try:

@@ -100,6 +100,20 @@ def unknown(submitted: Path, units: Iterable[str]) -> list[str]:
     return [printable(home.name, 100) for home in _homes(submitted) if not any(_place(home, unit) for unit in units)]
 
 
+def layout(names: Iterable[str]) -> str:
+    """Return what to do with names that a learning management system has given to what it let download; empty if none has."""
+    said = {
+        r".+_\d+_assignsubmission_file.*": "Moodle names so (NAME_NUMBER_assignsubmission_file)",
+        r"[^_]+(_late)?_\d+_\d+_.+": "Canvas names so (NAME_NUMBER_NUMBER_FILE)",
+    }
+    for pattern, system in said.items():
+        if any(re.fullmatch(pattern, name, re.IGNORECASE) for name in names):
+            return f"{system}: for each, make a folder STUDENT/UNIT/ and move the notebook or the archive there."
+    if any(name.lower().endswith(ARCHIVES) for name in names):
+        return "Unpack an archive that holds a whole class, and give each student a folder STUDENT/UNIT/."
+    return ""
+
+
 def _homes(submitted: Path) -> list[Path]:
     return [home for home in sorted(submitted.iterdir()) if not home.name.startswith(".")] if submitted.is_dir() else []
 
@@ -297,6 +311,8 @@ def _choose_notebook(
         raise UnusableError(f"there is no notebook in it; expected {unit}.ipynb, found {_what_is_there(files)}")
     notes += [f"{error}; another notebook counts" for error in unreadable.values()]
     count = {name: answers(notebook) if answers else 0 for name, notebook in read.items()}
+    if unreadable and answers and not any(count.values()):  # the answers may stand in what cannot be read
+        raise next(iter(unreadable.values()))
     named = [name for name in read if PurePosixPath(name).name == f"{unit}.ipynb"]
     best = [name for name in named or read if answers is None or count[name] == max(count.values())]
     best = best or [name for name in read if count[name] == max(count.values())]
@@ -314,7 +330,8 @@ def _choose_notebook(
 def _may_be_a_notebook(name: str, content: bytes) -> bool:
     """Whether a file without a notebook's ending may be one: some browsers and mail programs add an ending, or take it."""
     likely = ".ipynb" in name.lower() or PurePosixPath(name).suffix.lower() in ("", ".txt", ".json")
-    return likely and PurePosixPath(name).name != TIMESTAMP and b'"cells"' in content and len(content) < NOTEBOOK_BYTES
+    holds_cells = b'"cells"' in content.replace(b"\0", b"")  # of UTF-16, every second byte is 0
+    return likely and PurePosixPath(name).name != TIMESTAMP and holds_cells and len(content) < NOTEBOOK_BYTES
 
 
 def _readable(
@@ -420,13 +437,12 @@ def _small_enough(files: dict[str, bytes], notes: list[str]) -> dict[str, bytes]
 def _parse(content: bytes, name: str) -> NotebookNode:
     if not content.strip():
         raise UnusableError(f"{name} is empty")
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        text = content.decode(encoding, "surrogatepass")
+        text = content.decode(json.detect_encoding(content), "surrogatepass")  # UTF-8, UTF-16 or UTF-32
     except UnicodeDecodeError as error:
         raise UnusableError(f"{name} is not UTF-8 text (byte {error.start:,} is not)") from error
     try:
-        parsed = json.loads(text)
+        parsed = json.loads(text.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise UnusableError(f"{name} is not JSON, so no notebook: was it cut off, or edited by hand? ({error})") from error
     try:
@@ -458,7 +474,7 @@ def plain_cell(cell: dict) -> NotebookNode:
     source = cell.get("source", cell.get("input"))
     if not isinstance(source, str):
         source = "".join(line for line in source if isinstance(line, str)) if isinstance(source, list) else ""
-    source = whole(source).replace("\r\n", "\n").replace("\r", "\n")
+    source = _readable_text(source)
     plain = {"cell_type": kind, "source": f"# {source}" if heading else source}
     metadata = bounded(cell.get("metadata"))
     plain["metadata"] = metadata = metadata if isinstance(metadata, dict) else {}
@@ -466,7 +482,8 @@ def plain_cell(cell: dict) -> NotebookNode:
         if key in metadata and not isinstance(metadata[key], kept):
             del metadata[key]
     if "tags" in metadata:
-        metadata["tags"] = [tag for tag in metadata["tags"] if isinstance(tag, str)]
+        texts = [tag for tag in metadata["tags"] if isinstance(tag, str)]
+        metadata["tags"] = [tag for tag in dict.fromkeys(texts) if re.fullmatch("[^,\n]+", tag)]
     if isinstance(cell.get("id"), str) and re.fullmatch("[a-zA-Z0-9_-]{1,64}", cell["id"]):
         plain["id"] = cell["id"]
     if kind == "code":
@@ -474,6 +491,11 @@ def plain_cell(cell: dict) -> NotebookNode:
     elif isinstance(cell.get("attachments"), dict):
         plain["attachments"] = _attachments(cell["attachments"])
     return nbformat.from_dict(plain)
+
+
+def _readable_text(source: str) -> str:
+    """Return a cell's text with lines ended by `\\n`, and without what editors and conversions leave and Python refuses."""
+    return whole(source).replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").removeprefix("\ufeff")
 
 
 def _attachments(given: dict) -> dict:

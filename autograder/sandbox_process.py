@@ -85,8 +85,15 @@ class SandboxProcess:
 
     @property
     def running(self) -> bool:
-        """Whether it has been started and not been closed."""
+        """Whether it has been started and not been closed; student code may have ended it since."""
         return self._process is not None
+
+    def answers(self) -> bool:
+        """Whether it is running and says so; if student code has ended it, it is closed now."""
+        if self.running:
+            with contextlib.suppress(StoppedError):
+                self._ask({"kind": "answer"})
+        return self.running
 
     def start(self) -> None:
         """Start it.
@@ -164,7 +171,7 @@ class SandboxProcess:
         Raises:
             StoppedError: if it ended at once.
         """
-        if not self.running:
+        if not self.answers():
             self.start()
         self._ask({"kind": "kernel", "connection_file": str(connection_file)})
         students = self.students()

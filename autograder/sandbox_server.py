@@ -97,8 +97,10 @@ def serve(alone: bool) -> None:
             said = prepare(request, names)
         elif request["kind"] == "kernel":
             said = start_kernel(request, (requests, replies))
-        else:
+        elif request["kind"] == "call":
             said, content = call(request, names, (requests, replies), alone)
+        else:
+            said = {}
         send(replies, json.dumps({"id": request["id"], **said}).encode())
         send(replies, content)
 
@@ -117,6 +119,8 @@ def prepare(request: dict, names: dict[str, object]) -> dict:
         warm_up(1024)
         gc.collect()
         gc.freeze()  # a new process's garbage collector need not look at what is here, which would copy it
+        with contextlib.suppress(AttributeError, OSError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)  # or what has been freed would serve a call, which then would not grow
     except Exception:
         return {"error": traceback.format_exc()}
     return {"error": ""}

@@ -6,6 +6,7 @@ retyped, their metadata or ids lost or edited) they are put right, and each repa
 
 import copy
 import re
+import unicodedata
 from collections.abc import Collection
 from functools import cache
 
@@ -33,7 +34,8 @@ class Repair(NbGraderPreprocessor):
         names = resources["nbgrader"]
         unit = names["assignment"]
         released = released_of(names["db_url"], unit, names["notebook"])
-        nb.cells, repairs = repaired([plain_cell(cell) for cell in nb.cells], released, _experiments(unit), _prompts(unit))
+        cells = [plain_cell(cell) for cell in nb.cells]
+        nb.cells, repairs = repaired(cells, released, _experiments(unit), _prompts(unit), _given(unit))
         nb.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}, "repairs": repairs})
         nb.nbformat, nb.nbformat_minor = 4, 5
         return nb, resources
@@ -58,6 +60,11 @@ def _experiments(unit: str) -> frozenset[str]:
     """Return the ids and the sources of the unit's experiments."""
     tagged = [cell for cell in _master(unit) if "experiment" in cell.metadata.get("tags", [])]
     return experiments(unit) | {cell["id"] for cell in tagged}
+
+
+def _given(unit: str) -> frozenset[str]:
+    """Return the words of each cell that the unit gives and that nbgrader does not record: its prose, its demonstrations."""
+    return frozenset(_words(cell.source) for cell in _master(unit) if _grade_id(cell) is None)
 
 
 def _prompts(unit: str) -> dict[str, tuple[str, str]]:
@@ -102,6 +109,7 @@ def repaired(
     released: list[NotebookNode],
     experiments: Collection[str] = (),
     prompts: dict[str, tuple[str, str]] | None = None,
+    given: Collection[str] = (),
 ) -> tuple[list[NotebookNode], list[str]]:
     """Return the submitted cells with every released cell among them once, in its place and form; and what was done.
 
@@ -109,24 +117,30 @@ def repaired(
         submitted: cells in the form that they should have (`intake.plain_cell`).
         experiments: ids and sources of cells that are tagged as experiments again, should they have lost their tags.
         prompts: the words above and below the answer of a written question, by the answer's id.
+        given: the words of each cell that the unit gives, besides the released ones.
 
     Raises:
         UnusableError: if no exercise of the unit is among the cells: then there is nothing to judge.
     """
     frame = {cell.metadata.nbgrader.grade_id: cell for cell in released}
     repairs: list[str] = []
-    names = recognized(submitted, frame, prompts or {})
+    submitted = [part for cell in submitted for part in _taken_apart(cell, frame, repairs)]
+    names = recognized(submitted, frame, prompts or {}, given)
     if not any(name is not None and _is_exercise(frame[name]) for name in names):
         raise UnusableError("no cell of this unit's exercises is in the notebook: is it another unit's?")
+    submitted, names = _without_copies(submitted, names, frame, repairs)
     cells = [
         _own(cell) if name is None else _known(cell, name, frame, repairs) for cell, name in zip(submitted, names, strict=True)
     ]
+    answers = _names_of_answers(frame)
     for before, cell in zip(submitted, cells, strict=True):
-        if _grade_id(cell) is None and (cell.source.strip() in experiments or set(_ids(before)) & set(experiments)):
+        called_so = set(_ids(before)) & set(experiments) and not answers & defined(cell.source)
+        if _grade_id(cell) is None and (cell.source.strip() in experiments or called_so):
             cell.metadata["tags"] = ["experiment"]
-    cells = _without_copies(cells, repairs)
-    cells = _in_order(cells, list(frame), repairs)
     cells = _completed(cells, released, repairs)
+    answered_in = _answered_elsewhere(cells, frame, given, repairs)
+    cells = _in_order(cells, list(frame), answered_in, repairs)
+    _wait_for_a_person(cells, frame, given, repairs)
     return _with_unique_ids(cells), repairs
 
 
@@ -141,17 +155,17 @@ def answered(submitted: list[NotebookNode], released: list[NotebookNode]) -> int
 
 
 def recognized(
-    submitted: list[NotebookNode], frame: dict[str, NotebookNode], prompts: dict[str, tuple[str, str]]
+    submitted: list[NotebookNode],
+    frame: dict[str, NotebookNode],
+    prompts: dict[str, tuple[str, str]],
+    given: Collection[str] = (),
 ) -> list[str | None]:
     """Return, of each submitted cell, the id of the released cell that it is; None if it is the student's own.
 
     Metadata say so, or the cell's id. Where both are lost, a locked cell is known by its text, an answer by the names that it
     defines, and a written answer by the question above it.
     """
-    names: list[str | None] = []
-    for cell in submitted:
-        claims = [cell.metadata.get("nbgrader", {}).get("grade_id"), *_ids(cell)]
-        names.append(next((claim for claim in claims if isinstance(claim, str) and claim in frame), None))
+    names = [_claimed(cell, frame) for cell in submitted]
     for name, known in frame.items():
         if name in names:
             continue
@@ -160,17 +174,26 @@ def recognized(
             found = [place for place in strangers if _text(submitted[place]) == _text(known)]
         elif known.cell_type == "code":
             wanted = defined(known.source)
-            code = [place for place in strangers if submitted[place].cell_type != "markdown"]
-            shared = {place: len(wanted & defined(submitted[place].source)) for place in code}
-            most = max(shared.values(), default=0)
-            found = [place for place, number in shared.items() if number == most > 0]
+            shared = {
+                place: (len(wanted & defined(submitted[place].source)), submitted[place].cell_type != "markdown")
+                for place in strangers
+                if _words(submitted[place].source) not in given and wanted & defined(submitted[place].source)
+            }
+            found = [place for place, worth in shared.items() if worth == max(shared.values())]
         else:
             question, following = prompts.get(name, ("", ""))
             below = [place for place in strangers if place and question and _words(submitted[place - 1].source) == question]
-            found = [place for place in below if _words(submitted[place].source) != following]
+            text = [place for place in below if submitted[place].cell_type != "code"]
+            found = [place for place in text if _words(submitted[place].source) != following]
         for place in found if known.metadata.nbgrader.locked else found[-1:]:
             names[place] = name
     return names
+
+
+def _claimed(cell: NotebookNode, frame: dict[str, NotebookNode]) -> str | None:
+    """Return the id of the released cell that a submitted cell says it is, in its metadata or by its own id."""
+    claims = [cell.metadata.get("nbgrader", {}).get("grade_id"), *_ids(cell)]
+    return next((claim for claim in claims if isinstance(claim, str) and claim in frame), None)
 
 
 def defined(source: str) -> set[str]:
@@ -184,12 +207,22 @@ def _ids(cell: NotebookNode) -> list[object]:
     return [name for name in (cell.get("id"), cell.metadata.get("id")) if isinstance(name, str)]
 
 
+def _is_untouched(cell: NotebookNode, known: NotebookNode) -> bool:
+    """Whether an answer stands as it was released, alone or merged with what defines nothing of it."""
+    text, stub = _text(cell), _text(known)
+    return text == stub or (stub in text and not defined(text.replace(stub, "")) & defined(stub) and known.cell_type == "code")
+
+
 def _words(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _text(cell: NotebookNode) -> str:
-    return "\n".join(line.rstrip() for line in cell.source.strip().splitlines())
+    """Return a cell's text without what does not matter: blanks at the ends, other spellings of an accent, comments below."""
+    lines = [line.rstrip() for line in unicodedata.normalize("NFC", cell.source).strip().splitlines()]
+    while cell.cell_type == "code" and lines and re.match(r"\s*(#|$)", lines[-1]):
+        lines.pop()
+    return "\n".join(lines)
 
 
 def _is_exercise(released: NotebookNode) -> bool:
@@ -230,35 +263,70 @@ def _known(cell: NotebookNode, name: str, frame: dict[str, NotebookNode], repair
     return known
 
 
-def _without_copies(cells: list[NotebookNode], repairs: list[str]) -> list[NotebookNode]:
-    """Keep one of each released cell: the last that differs from the others, as the student's last word."""
-    last = {_grade_id(cell): index for index, cell in enumerate(cells)}
-    kept = []
-    for index, cell in enumerate(cells):
-        name = _grade_id(cell)
-        if name is not None and last[name] != index:
-            repairs.append(f"{name} stood there more than once")
-            if cell.metadata.nbgrader.locked:
-                continue
-            cell = copy.deepcopy(cell)  # an answer that was copied still runs, as a cell of the student's own
-            del cell.metadata["nbgrader"]
-        kept.append(cell)
-    return kept
+def _taken_apart(cell: NotebookNode, frame: dict[str, NotebookNode], repairs: list[str]) -> list[NotebookNode]:
+    """Return a locked cell that was merged with others as it was released, and the rest as cells of the student's own."""
+    name = _claimed(cell, frame)
+    if name is None or not frame[name].metadata.nbgrader.locked:
+        return [cell]
+    known, text = _text(frame[name]), _text(cell)
+    before, found, after = f"\n{text}\n".partition(f"\n{known}\n")
+    if not found:
+        before, after = (text, "") if _names_of_answers(frame) & defined(text) else ("", "")
+    if not before.strip() and not after.strip():
+        return [cell]
+    repairs.append(f"{name} had been merged with other cells")
+    locked = copy.deepcopy(cell)
+    locked.source = frame[name].source
+    own = [RETYPED[cell.cell_type](part.strip("\n"), id="own") if part.strip() else None for part in (before, after)]
+    return [part for part in (own[0], locked, own[1]) if part is not None]
 
 
-def _in_order(cells: list[NotebookNode], names: list[str], repairs: list[str]) -> list[NotebookNode]:
-    """Move each locked cell that stands before a cell that it should follow to right behind that one."""
-    cells = list(cells)
-    for rank, name in enumerate(names):
-        index = next((i for i, cell in enumerate(cells) if _grade_id(cell) == name), None)
-        if index is None or not cells[index].metadata.nbgrader.locked:
+def _names_of_answers(frame: dict[str, NotebookNode]) -> set[str]:
+    return set().union(*(defined(cell.source) for cell in frame.values() if _is_code_answer(cell)))
+
+
+def _without_copies(
+    cells: list[NotebookNode], names: list[str | None], frame: dict[str, NotebookNode], repairs: list[str]
+) -> tuple[list[NotebookNode], list[str | None]]:
+    """Keep one of each released cell: of an answer the last that has been worked on, as the student's last word.
+
+    Another version of an answer still runs, as a cell of the student's own. A stub does not: it would take the answer's place.
+    A written answer that was split is put together.
+    """
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        if name is not None:
+            places.setdefault(name, []).append(place)
+    stubs = {_text(cell) for cell in frame.values() if not cell.metadata.nbgrader.locked}
+    kept = {name: _best(found, cells, frame[name]) for name, found in places.items()}
+    repairs += [f"{name} stood there more than once" for name, found in places.items() if len(found) > 1]
+    chosen = []
+    for place, (cell, name) in enumerate(zip(cells, names, strict=True)):
+        if name is not None and kept[name] == place:
+            if _is_written_answer(frame[name]):
+                cell = copy.deepcopy(cell)
+                parts = [cells[other].source.strip() for other in places[name] if _text(cells[other]) not in stubs]
+                cell.source = "\n\n".join(filter(None, dict.fromkeys(parts))) or cell.source
+            chosen.append((cell, name))
+        elif name is not None and _is_written_answer(frame[name]):
             continue
-        before = set(names[:rank])
-        latest = max((i for i, cell in enumerate(cells) if _grade_id(cell) in before), default=-1)
-        if latest > index:
-            cells.insert(latest, cells.pop(index))
-            repairs.append(f"{name} had been moved")
-    return cells
+        elif (name is None or not frame[name].metadata.nbgrader.locked) and _text(cell) not in stubs:
+            chosen.append((cell, None))
+    return [cell for cell, _ in chosen], [name for _, name in chosen]
+
+
+def _best(places: list[int], cells: list[NotebookNode], known: NotebookNode) -> int:
+    """Return which of several copies of a released cell is meant: the last of those that have the most of an answer."""
+
+    def worth(place: int) -> int:
+        cell = cells[place]
+        if known.metadata.nbgrader.locked or _is_untouched(cell, known):
+            return 0
+        is_code = known.cell_type == "code" and cell.cell_type != "markdown"
+        return 1 + (len(defined(known.source) & defined(cell.source)) if is_code else 0)
+
+    best = max(places, key=lambda place: (worth(place), place))
+    return next(place for place in places if _text(cells[place]) == _text(cells[best]))
 
 
 def _completed(cells: list[NotebookNode], released: list[NotebookNode], repairs: list[str]) -> list[NotebookNode]:
@@ -269,20 +337,98 @@ def _completed(cells: list[NotebookNode], released: list[NotebookNode], repairs:
         name = missing.metadata.nbgrader.grade_id
         if not any(_grade_id(cell) == name for cell in cells):
             place = next((i + 1 for i, cell in enumerate(cells) if previous is not None and _grade_id(cell) == previous), 0)
-            cells.insert(place, _put_back(missing, cells))
+            cells.insert(place, copy.deepcopy(missing))
             repairs.append(f"{name} was missing")
+            if _is_written_answer(missing):
+                cells[place].source = "*The cell for this answer was missing.*"
+                repairs.append(f"{name} waits for a person: its answer may stand in another cell")
         previous = name
     return cells
 
 
-def _put_back(missing: NotebookNode, cells: list[NotebookNode]) -> NotebookNode:
-    """Return a released cell to be put in, without its stub if the student's answer stands in other cells."""
-    cell = copy.deepcopy(missing)
-    wanted = defined(cell.source) if cell.cell_type == "code" and not cell.metadata.nbgrader.locked else set()
-    elsewhere = set().union(*(defined(other.source) for other in cells if other.cell_type == "code" and not _is_tagged(other)))
-    if wanted & elsewhere:  # below them, the stub would take their place
-        cell.source = "# Answered in another cell."
-    return cell
+def _answered_elsewhere(
+    cells: list[NotebookNode], frame: dict[str, NotebookNode], given: Collection[str], repairs: list[str]
+) -> dict[str, list[NotebookNode]]:
+    """Empty each stub whose answer stands in other cells (it would take the answer's place); return those cells by name."""
+    elsewhere = {}
+    code = [cell for cell in cells if cell.cell_type == "code" and not _is_tagged(cell) and _words(cell.source) not in given]
+    answers = [cell for cell in code if _grade_id(cell) and _is_code_answer(cell)]
+    stubs = [cell for cell in answers if _is_untouched(cell, frame[_grade_id(cell)])]
+    others = [cell for cell in code if cell not in stubs and not cell.metadata.get("nbgrader", {}).get("locked")]
+    for stub in stubs:
+        name = _grade_id(stub)
+        found = [cell for cell in others if defined(stub.source) & defined(cell.source)]
+        if found:
+            stub.source = _text(stub).replace(_text(frame[name]), "# Answered in another cell.")
+            elsewhere[name] = found
+            repairs.append(f"{name} is answered in another cell")
+    return elsewhere
+
+
+def _in_order(
+    cells: list[NotebookNode], names: list[str], answered_in: dict[str, list[NotebookNode]], repairs: list[str]
+) -> list[NotebookNode]:
+    """Move the set-up to the top if it stands below what needs it, and each check and answer below what it should follow.
+
+    Args:
+        answered_in: the cells in which an answer stands, by its id, where that is not the released cell.
+    """
+    cells = list(cells)
+    ranks = {name: rank for rank, name in enumerate(names)}
+
+    def provided(cell: NotebookNode) -> list[int]:
+        """Return the ranks of the set-up or the answers that a cell holds."""
+        marks = cell.metadata.get("nbgrader", {})
+        own = [ranks[marks.grade_id]] if marks and cell.cell_type == "code" and not marks.grade else []
+        return own + [ranks[name] for name, found in answered_in.items() if any(cell is other for other in found)]
+
+    for rank, name in enumerate(names):
+        index = next(place for place, cell in enumerate(cells) if _grade_id(cell) == name)
+        marks = cells[index].metadata.nbgrader
+        if cells[index].cell_type != "code":
+            continue
+        if marks.locked and not marks.grade:
+            target = 0 if any(provided(cell) for cell in cells[:index]) else index
+        else:
+            target = max((i for i, cell in enumerate(cells) if min(provided(cell), default=rank) < rank), default=-1)
+        if target > index or (marks.locked and not marks.grade and target < index):
+            cells.insert(target, cells.pop(index))
+            if f"{name} was missing" not in repairs:
+                repairs.append(f"{name} had been moved")
+    return cells
+
+
+def _wait_for_a_person(
+    cells: list[NotebookNode], frame: dict[str, NotebookNode], given: Collection[str], repairs: list[str]
+) -> None:
+    """Let a written answer that is still empty wait for a person if text of the student's own stands beside it."""
+    for place, cell in enumerate(cells):
+        name = _grade_id(cell)
+        if name is None or not _is_written_answer(cell) or _text(cell) not in ("", _text(frame[name])):
+            continue
+        beside = [*_own_text(cells[place + 1 :], given), *_own_text(cells[:place][::-1], given)]
+        if beside:
+            cell.source += "\n\n*The answer may stand in a cell of its own, beside this one.*"
+            repairs.append(f"{name} waits for a person: it was left empty, and text of the student's own stands beside it")
+
+
+def _own_text(cells: list[NotebookNode], given: Collection[str]) -> list[NotebookNode]:
+    """Return the cells of text that the student added or edited, up to the first other cell."""
+    found = []
+    for cell in cells:
+        if cell.cell_type == "code" or _grade_id(cell) is not None or (cell.source.strip() and _words(cell.source) in given):
+            break
+        if cell.source.strip():
+            found.append(cell)
+    return found
+
+
+def _is_code_answer(released: NotebookNode) -> bool:
+    return released.cell_type == "code" and not released.metadata.nbgrader.locked
+
+
+def _is_written_answer(released: NotebookNode) -> bool:
+    return released.cell_type == "markdown" and released.metadata.nbgrader.solution
 
 
 def _is_tagged(cell: NotebookNode) -> bool:

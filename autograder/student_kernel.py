@@ -46,7 +46,7 @@ class StudentKernel:
             RuntimeError: if it does not: the grader's trouble, not the student's.
         """
         try:
-            if not self._sandbox.running:
+            if not self._sandbox.answers():
                 self._sandbox.start()
             file, _ = write_connection_file(
                 str(self._sandbox.folder / f"kernel-{secrets.token_hex(4)}.json"),

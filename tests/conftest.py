@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 # Tests must say the same with and without a network, and must not wait for one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,19 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
+# The same examples in every run, unless `FUZZ` asks for more of them. A failure is told as it was found: to make it smaller
+# takes minutes.
+settings.register_profile(
+    "course",
+    deadline=None,
+    database=None,
+    derandomize="FUZZ" not in os.environ,
+    phases=[Phase.generate],
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("course")
 
 
 @pytest.fixture(scope="session")

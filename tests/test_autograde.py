@@ -181,7 +181,7 @@ def test_a_hidden_case_fails_with_one_short_message(classroom):
         .replace("base.weight.new_empty(", "torch.empty(")
         .replace("base.weight.new_zeros(", "torch.zeros(")
     )
-    classroom.submit("fp32", classroom.answered(SOLUTION | {"lora-linear": wrong}))
+    classroom.submit("fp32", classroom.answers_alone(SOLUTION | {"lora-linear": wrong}))
     mark = classroom.grade("fp32")
     assert mark.scores["check-lora-forward"] == 0
     message = mark.errors["check-lora-forward"]
@@ -191,7 +191,7 @@ def test_a_hidden_case_fails_with_one_short_message(classroom):
 
 def test_feedback_is_written_and_shows_the_diagnosis(classroom):
     wrong = SOLUTION["lora-linear"].replace("alpha / rank", "alpha")
-    classroom.submit("learner", classroom.answered(SOLUTION | {"lora-linear": wrong}))
+    classroom.submit("learner", classroom.answers_alone(SOLUTION | {"lora-linear": wrong}))
     classroom.grade("learner")
     outcome = classroom.api.generate_feedback(UNIT, "learner")
     assert outcome["success"], outcome
@@ -201,7 +201,7 @@ def test_feedback_is_written_and_shows_the_diagnosis(classroom):
 
 
 def test_the_rubric_stands_above_the_answer_for_the_marker_and_not_in_feedback(classroom):
-    classroom.submit("learner", classroom.answered({}))
+    classroom.submit("learner", classroom.answers_alone({}))
     classroom.grade("learner")
     graded = nbformat.read(classroom.root / "autograded" / "learner" / UNIT / f"{UNIT}.ipynb", as_version=4)
     (question,) = look_at(UNIT).by_hand

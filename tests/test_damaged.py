@@ -6,12 +6,16 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from random import Random
 
 import nbformat
 import pytest
 from distributed import LocalCluster
 from nbformat.v4 import new_code_cell
+from nbgrader.converters import GenerateFeedback
+from nbgrader.utils import temp_attrs
 
 from attacks import SOLUTION, UNIT, first_cell, merge_that
 from autograder import grade, intake, sandbox_process
@@ -20,7 +24,9 @@ from autograder.sandbox import Limits, sandbox_problem
 from autograder.sandbox_process import SandboxProcess
 from autograder.student_kernel import StudentKernel
 from classroom import Classroom
+from damage import Damaged, damaged
 from test_autograde import POINTS
+from test_damaged_at_random import GRADED, may_lose
 
 pytestmark = [
     pytest.mark.skipif(sandbox_problem() is not None, reason=f"no sandbox: {sandbox_problem()}"),
@@ -126,6 +132,11 @@ def _hand_in_oddly(classroom: Classroom) -> None:
     classroom.submit("nothing-known", other)
 
 
+@cache
+def at_random(seed: int) -> Damaged:
+    return damaged(UNIT, Random(seed))
+
+
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory) -> tuple[Classroom, dict]:
     classroom = Classroom(tmp_path_factory.mktemp("damaged"), UNIT)
@@ -141,6 +152,11 @@ def graded(tmp_path_factory) -> tuple[Classroom, dict]:
     )
     classroom.submit("enormous", classroom.answered(SOLUTION | enormous.answers))
     _hand_in_oddly(classroom)
+    for seed in range(GRADED):
+        for path, content in at_random(seed).files.items():
+            place = classroom.root / "submitted" / f"random {seed}" / UNIT / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
     records = grade.grade(UNIT, Settings(root=classroom.root, limits=Limits(cpu_seconds=30, wall_seconds=120)))
     return classroom, {record.student: record for record in records}
 
@@ -154,6 +170,20 @@ def test_nobody_loses_a_mark_to_the_machinery(graded, student):
     assert records[student].status == MARKED, records[student].line
     mark = classroom.mark(student)
     assert {check: mark.scores[check] for check in POINTS} == POINTS, (mark.errors, records[student].notes)
+
+
+@pytest.mark.parametrize("seed", range(GRADED))
+def test_random_damage_costs_no_mark(graded, seed):
+    classroom, records = graded
+    record, made = records[f"random {seed}"], at_random(seed)
+    if record.status == UNUSABLE:
+        assert made.may_be_refused and record.line
+        return
+    assert record.status == MARKED, (record.line, made.done)
+    mark = classroom.mark(record.student)
+    lost = {check for check in POINTS if mark.scores[check] != POINTS[check]}
+    assert lost <= may_lose(made), (made.done, mark.errors, record.notes)
+    assert made.unit.question in mark.waiting, made.done
 
 
 def test_an_enormous_reply_costs_its_own_points_only(graded):
@@ -178,6 +208,16 @@ def test_what_cannot_be_marked_gets_a_line(graded, student, line):
     (record,) = [record for name, record in records.items() if re.match(student, name)]
     assert record.status == UNUSABLE and line in record.line
     assert record.line in (classroom.root / "report" / f"{UNIT}.md").read_text()
+
+
+def test_a_name_is_no_pattern_to_any_of_nbgraders_steps(graded):
+    classroom, _ = graded
+    assert classroom.api.generate_feedback(UNIT, "[abc]")["success"]
+    assert (classroom.root / "feedback" / "[abc]" / UNIT / f"{UNIT}.html").is_file()
+    with temp_attrs(classroom.api.coursedir, assignment_id=UNIT):
+        step = GenerateFeedback(coursedir=classroom.api.coursedir, parent=classroom.api)
+        step.init_notebooks()
+    assert str(classroom.root / "autograded" / "[abc]" / UNIT) in step.assignments
 
 
 def test_what_was_done_is_noted(graded):
@@ -223,7 +263,7 @@ STEPS = {
 def test_an_error_in_any_step_costs_nobody_else_a_mark(tmp_path, monkeypatch):
     classroom = Classroom(tmp_path, UNIT)
     for student in (*STEPS, "clean-up", "sweep", "first", "zlast"):
-        path = classroom.submit(student, classroom.answered(SOLUTION))
+        path = classroom.submit(student, classroom.answers_alone(SOLUTION))
         (path.parent / "who.txt").write_text(student)
 
     def is_of(student: str) -> Callable[..., bool]:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from distributed import LocalCluster
+from nbgrader.api import Gradebook
 
 from attacks import MERGE, SOLUTION, UNIT, WRONG_MERGE
 from autograder import grade, sandbox
@@ -18,6 +19,14 @@ from test_autograde import POINTS
 
 needs_sandbox = pytest.mark.skipif(sandbox.sandbox_problem() is not None, reason=f"no sandbox: {sandbox.sandbox_problem()}")
 FULL = sum(POINTS.values())
+pytestmark = pytest.mark.xdist_group("grade")  # one cluster for all
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a cluster with one worker."""
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster:
+        yield cluster.scheduler_address
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def classroom(tmp_path) -> Classroom:
 
 def submit(classroom: Classroom, **answers: dict[str, str]) -> None:
     for student, answer in answers.items():
-        classroom.submit(student, classroom.answered(SOLUTION | answer))
+        classroom.submit(student, classroom.answers_alone(SOLUTION | answer))
 
 
 def total(classroom: Classroom, student: str) -> float:
@@ -62,11 +71,33 @@ def test_killed_and_started_again(classroom):
 
 
 @needs_sandbox
-def test_a_cluster_that_is_there_is_used(classroom):
+def test_a_cluster_that_is_there_is_used(classroom, cluster):
     submit(classroom, right={})
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster:
-        assert run(classroom, scheduler=cluster.scheduler_address)["right"].status == MARKED
+    assert run(classroom, scheduler=cluster)["right"].status == MARKED
     assert total(classroom, "right") == FULL
+
+
+def test_a_due_date_that_is_moved_counts_and_nothing_is_executed_again(classroom, cluster, monkeypatch):
+    plain = grade.course_config
+
+    def with_a_penalty(root):
+        config = plain(root)
+        config.LateSubmissionPlugin.penalty_method = "zero"
+        return config
+
+    monkeypatch.setattr(grade, "course_config", with_a_penalty)
+    submit(classroom, late={})
+    (classroom.root / "submitted" / "late" / UNIT / "timestamp.txt").write_text("2026-11-20 12:00:00 UTC")
+    penalties, executed = [], set()
+    for due in ("2026-11-10 12:00:00", "2026-11-30 12:00:00"):
+        with Gradebook(f"sqlite:///{classroom.root / 'gradebook.db'}") as gradebook:
+            gradebook.update_or_create_assignment(UNIT, duedate=due)
+        run(classroom, scheduler=cluster)
+        with Gradebook(f"sqlite:///{classroom.root / 'gradebook.db'}") as gradebook:
+            penalties.append(gradebook.find_submission(UNIT, "late").late_submission_penalty)
+        executed.add((classroom.root / "grading" / UNIT / "executed" / "late.json").stat().st_mtime_ns)
+    assert penalties == [FULL, 0]
+    assert len(executed) == 1
 
 
 def _dies(notebook, files, unit, version, limits, sandboxed):
@@ -78,18 +109,18 @@ def _refuses(notebook, files, unit, version, limits, sandboxed):
 
 
 @pytest.mark.parametrize("instead", [_dies, _refuses])
-def test_the_graders_own_trouble_leaves_no_mark_and_is_mended_by_the_next_run(classroom, monkeypatch, instead):
+def test_the_graders_own_trouble_leaves_no_mark_and_is_mended_by_the_next_run(classroom, cluster, monkeypatch, instead):
     submit(classroom, student={})
     sandboxed = sandbox.sandbox_problem() is None
-    assert run(classroom, sandboxed=sandboxed)["student"].status == MARKED
+    assert run(classroom, sandboxed=sandboxed, scheduler=cluster)["student"].status == MARKED
     submit(classroom, student={"merge": WRONG_MERGE})
     with monkeypatch.context() as patched:
         patched.setattr(grade, "_execute_there", instead)
-        record = run(classroom, sandboxed=sandboxed)["student"]
+        record = run(classroom, sandboxed=sandboxed, workers=1)["student"]
     assert record.status == FAILED and "executing it failed" in record.line
     assert {classroom.mark("student").scores[check] for check in POINTS} == {None}
     assert classroom.mark("student").waiting >= POINTS.keys()
-    assert run(classroom, sandboxed=sandboxed)["student"].status == MARKED
+    assert run(classroom, sandboxed=sandboxed, scheduler=cluster)["student"].status == MARKED
     assert total(classroom, "student") == FULL - 2
 
 

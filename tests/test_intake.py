@@ -20,7 +20,18 @@ from attacks import MERGE, SOLUTION, UNIT
 from autograder import grade, sanitize
 from autograder.build import instructor_notebook
 from autograder.drive import StudentError, read_reply
-from autograder.intake import FILES_BYTES, Submission, UnusableError, name_problem, printable, read, students, unknown, whole
+from autograder.intake import (
+    FILES_BYTES,
+    Submission,
+    UnusableError,
+    layout,
+    name_problem,
+    printable,
+    read,
+    students,
+    unknown,
+    whole,
+)
 from autograder.reference import units
 from autograder.sandbox import remove
 from autograder.student_kernel import _output, _said
@@ -84,7 +95,9 @@ def notebook_of(*cells: dict, **more: object) -> bytes:
 
 
 def repair(notebook: NotebookNode) -> tuple[dict[str, str], list[str], list[NotebookNode]]:
-    cells, repairs = sanitize.repaired(notebook.cells, FRAME, sanitize._experiments(UNIT), sanitize._prompts(UNIT))
+    cells, repairs = sanitize.repaired(
+        notebook.cells, FRAME, sanitize._experiments(UNIT), sanitize._prompts(UNIT), sanitize._given(UNIT)
+    )
     by_name = {name: cell.source for cell in cells if (name := cell.metadata.get("nbgrader", {}).get("grade_id"))}
     return by_name, repairs, cells
 
@@ -120,16 +133,24 @@ def test_a_folder_that_is_called_like_the_notebook(tmp_path):
 
 
 def test_what_is_nobodys_is_named(tmp_path, capsys):
-    for name in ("right/08_lora", "moodle_1_assignsubmission_file", ".git"):
+    for name in ("right/08_lora", "Ada Byron_1_assignsubmission_file", ".git"):
         (tmp_path / "submitted" / name).mkdir(parents=True)
     (tmp_path / "submitted" / "smith_08_lora.ipynb").write_bytes(ANSWERED)
-    strangers = ["moodle_1_assignsubmission_file", "smith_08_lora.ipynb"]
+    strangers = ["Ada Byron_1_assignsubmission_file", "smith_08_lora.ipynb"]
     assert unknown(tmp_path / "submitted", units()) == strangers
     (tmp_path / "submitted" / "right" / "08_lora").rmdir()
     (tmp_path / "submitted" / "right").rmdir()
     assert grade.main(["--root", str(tmp_path), "--without-sandbox"]) == 0
     said = capsys.readouterr()
     assert ", ".join(strangers) in said.err and "no submissions" in said.out
+    assert "Moodle names so" in said.err
+
+
+def test_what_a_learning_management_system_named_is_told_with_what_to_do():
+    assert layout(["smithjohn_LATE_12_345_08_lora-1.ipynb"]).startswith("Canvas names so")
+    assert layout(["Ada Byron_4711_assignsubmission_file_08_lora.ipynb"]).startswith("Moodle names so")
+    assert layout(["submissions.zip"]).startswith("Unpack")
+    assert layout(["smith", "08_lora.ipynb"]) == ""
 
 
 def test_a_compressed_archive_that_unpacks_without_end(tmp_path, monkeypatch):
@@ -377,7 +398,8 @@ def test_a_deleted_written_answer_is_not_taken_from_the_text_below_it():
     notebook = strip_all(answered_notebook())
     notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("She still")]
     sources, repairs, _ = repair(notebook)
-    assert sources["colleague"] == "*Your answer.*" and "colleague was missing" in repairs
+    assert sources["colleague"] == "*The cell for this answer was missing.*" and "colleague was missing" in repairs
+    assert any(text.startswith("colleague waits for a person") for text in repairs)
 
 
 def test_answers_that_stand_in_one_cell_are_not_overwritten_by_a_stub():
@@ -471,3 +493,36 @@ def test_a_message_of_the_kernel_becomes_an_output_or_nothing(message):
         nbformat.validate(new_notebook(cells=[cell]))
         json.dumps(cell, ensure_ascii=False).encode()
         assert size < 10_000
+
+
+def written_beside(notebook: NotebookNode, place: int, text: str) -> NotebookNode:
+    """Leave the written answer's placeholder as it was, and put a cell of text that many cells below it."""
+    question = next(n for n, cell in enumerate(notebook.cells) if cell["id"] == "colleague")
+    notebook.cells[question].source = "*Your answer.*"
+    notebook.cells.insert(question + place, new_markdown_cell(text))
+    return notebook
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_answer_beside_its_placeholder_waits_for_a_person(place):
+    sources, repairs, cells = repair(written_beside(answered_notebook(), place, "She still pays for the activations."))
+    assert sources["colleague"] != "*Your answer.*" and any("colleague waits for a person" in text for text in repairs)
+    assert [cell.source for cell in cells].count("She still pays for the activations.") == 1
+
+
+def test_an_empty_written_answer_waits_for_nobody():
+    for notebook in (RELEASED, written_beside(answered_notebook(), 1, " \n")):
+        sources, repairs, _ = repair(nbformat.from_dict(notebook))
+        assert sources["colleague"] == "*Your answer.*" and not repairs
+
+
+@pytest.mark.parametrize("place", [0, 1, 40])
+def test_an_answer_in_a_cell_of_its_own_is_not_overwritten_by_its_stub(place):
+    notebook = answered_notebook()
+    stub = next(n for n, cell in enumerate(notebook.cells) if cell["id"] == "merge")
+    notebook.cells[stub].source = next(cell.source for cell in FRAME if cell["id"] == "merge")
+    notebook.cells.insert(stub + place, new_code_cell(MERGE))
+    sources, repairs, cells = repair(notebook)
+    assert sources["merge"] == "# Answered in another cell." and "merge is answered in another cell" in repairs
+    order = [cell.source.strip() for cell in cells]
+    assert order.index(MERGE.strip()) < order.index("check_merge(merge, unmerge)")

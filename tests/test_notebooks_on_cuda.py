@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import played_cuda
+import smaller
 from autograder.reference import Cell, code_cells, master_path, units
 from peftlab.llama import PRESETS, Llama
 from peftlab.memory import measure_training_step
@@ -31,23 +32,6 @@ from peftlab.simulate import next_token_loss
 
 AMPERE, T4 = "8.0", "7.5"
 """Compute capabilities. From 8.0 on a GPU computes in bf16, and so does unit 10; a T4 cannot."""
-
-SMALL = {
-    "num_hidden_layers": 3,
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-}
-"""A smaller SmolLM2, to save time: where a tensor has to be does not depend on sizes."""
-SIZES = {
-    "00_start_here": {},  # loads the real one, and only once
-    "02_rank_decomposition": SMALL | {"num_hidden_layers": 30},  # names layer 29
-    "03_layer_freezing": SMALL | {"num_hidden_layers": 30},  # freezes up to 30 layers
-    "05_prompt_tuning": {"num_hidden_layers": 3},  # makes a prompt of width 576
-    "07_adapters": {"num_hidden_layers": 16, "intermediate_size": 128},  # names layer 15, and makes an adapter of width 576
-}
-"""Sizes for the masters that need others than `SMALL`."""
 
 
 @pytest.mark.slow
@@ -88,30 +72,12 @@ def prepare_process(unit: str) -> None:
     """Make cheap what takes time and has nothing to do with the places of tensors."""
     import bitsandbytes  # noqa: F401  it looks for CUDA at its import, and the played one has no kernels for it
 
-    from peftlab import plots, pretrained, simulate
+    from peftlab import plots, simulate
 
     torch.set_num_threads(1)
     plots.show = lambda figure, alt: plots.plt.close(figure)
-    pretrained.load_smollm2 = with_sizes(pretrained.load_smollm2, SIZES.get(unit, SMALL))
+    smaller.make_smaller(unit)
     simulate.simulate_training_step = of_one_layer(simulate.simulate_training_step)
-
-
-def with_sizes(load: Callable, sizes: dict[str, int]) -> Callable:
-    """Return a function like `load_smollm2` for a model of smaller sizes, made of the first layers, rows and columns."""
-    if not sizes:
-        return load
-    whole, tokenizer = load()
-    weights = whole.state_dict()
-
-    def load_smaller() -> tuple[Llama, object]:
-        with torch.device("meta"):
-            model = Llama(replace(whole.config, **sizes))
-        parts = {name: tuple(map(slice, tensor.shape)) for name, tensor in model.state_dict().items()}
-        model.load_state_dict({name: weights[name][part].clone() for name, part in parts.items()}, assign=True)
-        model.tie_weights()
-        return model.eval(), tokenizer
-
-    return load_smaller
 
 
 def of_one_layer(simulate: Callable) -> Callable:

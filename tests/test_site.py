@@ -8,6 +8,8 @@ from autograder.build import instructor_notebook
 from autograder.reference import solution_cells, units
 from autograder.site import build, page
 
+pytestmark = pytest.mark.xdist_group("site")  # built once for all
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):

@@ -26,6 +26,9 @@
 
 # %% [markdown]
 # ## Is everything there?
+#
+# If the next cell says `No module named ...`, this notebook runs on another Python than the one with the course: choose the kernel of
+# `.venv`, at the top right.
 
 # %%
 from importlib.metadata import version

@@ -57,10 +57,10 @@ def try_misfits(load, misfits, path):
 
 
 def seeing(answer, **replacements):
-    """Return a context in which the answer's code sees these instead of its own global names; what it lacks is not added.
+    """Return a context in which the answer's code sees these instead of its own global names.
 
-    The context's value is a dict of the answer's own. Drivers use it where one answer calls another, so that a mistake in
-    the one does not cost the points of the other.
+    A name that it lacks is not added. The context's value is a dict of the answer's own. Drivers use it where one answer
+    calls another, so that a mistake in the one does not cost the points of the other.
     """
     import contextlib
     import inspect

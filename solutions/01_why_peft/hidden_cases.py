@@ -5,20 +5,7 @@ from dataclasses import asdict
 import torch
 from peftlab.llama import PRESETS
 
-from autograder.checks.why_peft import (
-    activations_case,
-    adam_case,
-    bytes_case,
-    check_activation_bytes,
-    check_adam_step,
-    check_classify,
-    check_count_parameters,
-    check_count_trainable,
-    check_training_bytes,
-    evidence_case,
-    random_config,
-    trainable_case,
-)
+from autograder.checks import why_peft
 
 
 def _preset(name: str):
@@ -26,35 +13,37 @@ def _preset(name: str):
 
 
 CASES = {
-    check_count_parameters: {
+    why_peft.check_count_parameters: {
         "for SmolLM2-135M": _preset("SmolLM2-135M"),
         "for LLaMA-7B": _preset("LLaMA-7B"),
         "for LLaMA-13B": _preset("LLaMA-13B"),
         "for LLaMA-65B": _preset("LLaMA-65B"),
-        "for a tied model without grouped-query attention": lambda generator: random_config(
+        "for a tied model without grouped-query attention": lambda generator: why_peft.random_config(
             generator, grouped=False, tied=True
         ),
     },
-    check_training_bytes: {
-        "for a model of billions": lambda generator: bytes_case(generator, scale=7_000_000),
-        "where nothing is adapted": lambda generator: bytes_case(generator) | {"adapted": 0},
+    why_peft.check_training_bytes: {
+        "for a model of billions": lambda generator: why_peft.bytes_case(generator, scale=7_000_000),
+        "where nothing is adapted": lambda generator: why_peft.bytes_case(generator) | {"adapted": 0},
     },
-    check_activation_bytes: {
+    why_peft.check_activation_bytes: {
         "for one long sequence": lambda generator: (
-            activations_case(generator, False) | {"batch_size": 1, "sequence_length": 1024}
+            why_peft.activations_case(generator, False) | {"batch_size": 1, "sequence_length": 1024}
         ),
-        "without grouped-query attention": lambda generator: activations_case(generator, False, grouped=False),
-        "of nine layers": lambda generator: activations_case(generator, False) | {"num_hidden_layers": 9},
-        "for one layer, with checkpointing": lambda generator: activations_case(generator, True) | {"num_hidden_layers": 1},
+        "without grouped-query attention": lambda generator: why_peft.activations_case(generator, False, grouped=False),
+        "of nine layers": lambda generator: why_peft.activations_case(generator, False) | {"num_hidden_layers": 9},
+        "for one layer, with checkpointing": lambda generator: (
+            why_peft.activations_case(generator, True) | {"num_hidden_layers": 1}
+        ),
     },
-    check_adam_step: {
-        "in fp32": lambda generator: adam_case(generator, torch.float32),
-        "in the thousandth step": lambda generator: adam_case(generator) | {"step": 1000},
+    why_peft.check_adam_step: {
+        "in fp32": lambda generator: why_peft.adam_case(generator, torch.float32),
+        "in the thousandth step": lambda generator: why_peft.adam_case(generator) | {"step": 1000},
     },
-    check_classify: {"for a deeper model": lambda generator: evidence_case(generator, layers=4)},
-    check_count_trainable: {
-        "for a wide model": lambda generator: trainable_case(generator) | {"out_features": 501},
-        "for a tied one": lambda generator: trainable_case(generator, tied=True),
+    why_peft.check_classify: {"for a deeper model": lambda generator: why_peft.evidence_case(generator, layers=4)},
+    why_peft.check_count_trainable: {
+        "for a wide model": lambda generator: why_peft.trainable_case(generator) | {"out_features": 501},
+        "for a tied one": lambda generator: why_peft.trainable_case(generator, tied=True),
     },
 }
 

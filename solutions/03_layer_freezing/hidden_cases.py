@@ -1,48 +1,37 @@
 """The hidden cases of unit 03_layer_freezing: for every check, what kind of case it is and how to make one."""
 
-from autograder.checks.layer_freezing import (
-    check_freezing_memory,
-    check_numbers_kept,
-    check_run_checkpointed,
-    check_train_last,
-    check_train_only,
-    check_trained_files,
-    checkpointed_case,
-    files_case,
-    freezing_case,
-    freezing_memory_case,
-    kept_case,
-    train_only_case,
-)
+from autograder.checks import layer_freezing
 
 CASES = {
-    check_train_last: {
-        "with a tied embedding": lambda generator: freezing_case(generator, tied=True),
-        "on another model": lambda generator: freezing_case(generator, tied=False),
+    layer_freezing.check_train_last: {
+        "with a tied embedding": lambda generator: layer_freezing.freezing_case(generator, tied=True),
+        "on another model": lambda generator: layer_freezing.freezing_case(generator, tied=False),
     },
-    check_freezing_memory: {
-        "with a tied embedding": lambda generator: freezing_memory_case(generator, tied=True),
-        "with two of many layers, in bfloat16": lambda generator: freezing_memory_case(
+    layer_freezing.check_freezing_memory: {
+        "with a tied embedding": lambda generator: layer_freezing.freezing_memory_case(generator, tied=True),
+        "with two of many layers, in bfloat16": lambda generator: layer_freezing.freezing_memory_case(
             generator, layers=(6, 7), count=2, dtype="bfloat16"
         ),
-        "with the final norm alone": lambda generator: freezing_memory_case(generator, count=0),
+        "with the final norm alone": lambda generator: layer_freezing.freezing_memory_case(generator, count=0),
     },
-    check_numbers_kept: {
-        "on another model": kept_case,
-        "against a measurement": lambda generator: kept_case(generator, measure=True),
+    layer_freezing.check_numbers_kept: {
+        "on another model": layer_freezing.kept_case,
+        "against a measurement": lambda generator: layer_freezing.kept_case(generator, measure=True),
     },
-    check_train_only: {
-        "with a tie made by hand": lambda generator: train_only_case(generator, (False, True)),
-        "with a tie cut by hand": lambda generator: train_only_case(generator, (True, False)),
+    layer_freezing.check_train_only: {
+        "with a tie made by hand": lambda generator: layer_freezing.train_only_case(generator, (False, True)),
+        "with a tie cut by hand": lambda generator: layer_freezing.train_only_case(generator, (True, False)),
     },
-    check_trained_files: {
-        "without a tie": lambda generator: files_case(generator, tied=False),
-        "in bfloat16": lambda generator: files_case(generator, tied=True, dtype="bfloat16"),
+    layer_freezing.check_trained_files: {
+        "without a tie": lambda generator: layer_freezing.files_case(generator, tied=False),
+        "in bfloat16": lambda generator: layer_freezing.files_case(generator, tied=True, dtype="bfloat16"),
     },
-    check_run_checkpointed: {
-        "with the last layers trained": lambda generator: checkpointed_case(generator, "last"),
-        "with the first layer trained, in bfloat16": lambda generator: checkpointed_case(generator, "first", "bfloat16"),
-        "with the embedding trained": lambda generator: checkpointed_case(generator, "embedding", layers=(5, 6)),
+    layer_freezing.check_run_checkpointed: {
+        "with the last layers trained": lambda generator: layer_freezing.checkpointed_case(generator, "last"),
+        "with the first layer trained, in bfloat16": lambda generator: layer_freezing.checkpointed_case(
+            generator, "first", "bfloat16"
+        ),
+        "with the embedding trained": lambda generator: layer_freezing.checkpointed_case(generator, "embedding", layers=(5, 6)),
     },
 }
 

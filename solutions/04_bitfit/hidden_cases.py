@@ -2,53 +2,40 @@
 
 import torch
 
-from autograder.checks.bitfit import (
-    add_biases_case,
-    backward_case,
-    bias_file_case,
-    bias_memory_case,
-    check_add_biases,
-    check_bias_backward,
-    check_bias_files,
-    check_bias_memory,
-    check_fold_value_bias,
-    check_train,
-    fold_case,
-    train_case,
-)
+from autograder.checks import bitfit
 
 
 CASES = {
-    check_add_biases: {
-        "in single precision": lambda generator: add_biases_case(generator, "float32"),
-        "in float16": lambda generator: add_biases_case(generator, "float16"),
-        "in double precision": lambda generator: add_biases_case(generator, "float64"),
+    bitfit.check_add_biases: {
+        "in single precision": lambda generator: bitfit.add_biases_case(generator, "float32"),
+        "in float16": lambda generator: bitfit.add_biases_case(generator, "float16"),
+        "in double precision": lambda generator: bitfit.add_biases_case(generator, "float64"),
     },
-    check_train: {
-        "on a LLaMA with two layers": lambda generator: train_case(generator, layers=2),
-        "on a LLaMA with three layers": lambda generator: train_case(generator, layers=3),
+    bitfit.check_train: {
+        "on a LLaMA with two layers": lambda generator: bitfit.train_case(generator, layers=2),
+        "on a LLaMA with three layers": lambda generator: bitfit.train_case(generator, layers=3),
     },
-    check_bias_backward: {
-        "in double precision": lambda generator: backward_case(generator, 4, 5, dtype=torch.float64),
-        "in bfloat16": lambda generator: backward_case(generator, 3, 7, dtype=torch.bfloat16),
-        "in float16, on a single sequence": lambda generator: backward_case(generator, 6, dtype=torch.float16),
-        "on an input with four axes": lambda generator: backward_case(generator, 2, 3, 4),
+    bitfit.check_bias_backward: {
+        "in double precision": lambda generator: bitfit.backward_case(generator, 4, 5, dtype=torch.float64),
+        "in bfloat16": lambda generator: bitfit.backward_case(generator, 3, 7, dtype=torch.bfloat16),
+        "in float16, on a single sequence": lambda generator: bitfit.backward_case(generator, 6, dtype=torch.float16),
+        "on an input with four axes": lambda generator: bitfit.backward_case(generator, 2, 3, 4),
     },
-    check_bias_memory: {
-        "in bfloat16": lambda generator: bias_memory_case(generator, 2, 33, dtype=torch.bfloat16),
-        "on a single sequence": lambda generator: bias_memory_case(generator, 37),
+    bitfit.check_bias_memory: {
+        "in bfloat16": lambda generator: bitfit.bias_memory_case(generator, 2, 33, dtype=torch.bfloat16),
+        "on a single sequence": lambda generator: bitfit.bias_memory_case(generator, 37),
     },
-    check_bias_files: {
-        "with other sizes": bias_file_case,
-        "with larger layers": lambda generator: bias_file_case(generator, larger=7),
-        "with a model in bfloat16, whose file is loaded into others": lambda generator: bias_file_case(
+    bitfit.check_bias_files: {
+        "with other sizes": bitfit.bias_file_case,
+        "with larger layers": lambda generator: bitfit.bias_file_case(generator, larger=7),
+        "with a model in bfloat16, whose file is loaded into others": lambda generator: bitfit.bias_file_case(
             generator, dtype=torch.bfloat16
         ),
     },
-    check_fold_value_bias: {
-        "with one value head": lambda generator: fold_case(generator, 4, 1),
-        "with as many value heads as query heads": lambda generator: fold_case(generator, 3, 3, head_dim=6),
-        "in bfloat16": lambda generator: fold_case(generator, 6, 3, dtype="bfloat16"),
+    bitfit.check_fold_value_bias: {
+        "with one value head": lambda generator: bitfit.fold_case(generator, 4, 1),
+        "with as many value heads as query heads": lambda generator: bitfit.fold_case(generator, 3, 3, head_dim=6),
+        "in bfloat16": lambda generator: bitfit.fold_case(generator, 6, 3, dtype="bfloat16"),
     },
 }
 

@@ -2,64 +2,51 @@
 
 import torch
 
-from autograder.checks.prompt_tuning import (
-    check_diagnose,
-    check_mixed_prompts,
-    check_prompt_files,
-    check_prompted_forward,
-    check_prompted_loss,
-    check_prompted_memory,
-    check_starts,
-    diagnose_case,
-    exact_case,
-    exact_mixed_case,
-    files_case,
-    loss_case,
-    memory_case,
-    mixed_case,
-    prompted_case,
-    starts_case,
-)
+from autograder.checks import prompt_tuning
 
 CASES = {
-    check_prompted_forward: {
-        "in two layers, padded on the left": lambda generator: prompted_case(generator, "left", layers=2),
-        "in two layers, padded on the right": lambda generator: prompted_case(generator, "right", layers=2),
-        "on a base in bfloat16, with a prompt in fp32": lambda generator: exact_case(generator, "each", torch.bfloat16),
-        "on a base in float16, with a prompt in fp32 and no mask": lambda generator: exact_case(
+    prompt_tuning.check_prompted_forward: {
+        "in two layers, padded on the left": lambda generator: prompt_tuning.prompted_case(generator, "left", layers=2),
+        "in two layers, padded on the right": lambda generator: prompt_tuning.prompted_case(generator, "right", layers=2),
+        "on a base in bfloat16, with a prompt in fp32": lambda generator: prompt_tuning.exact_case(
+            generator, "each", torch.bfloat16
+        ),
+        "on a base in float16, with a prompt in fp32 and no mask": lambda generator: prompt_tuning.exact_case(
             generator, "none", torch.float16
         ),
-        "on a base in fp32, with a prompt in bfloat16": lambda generator: exact_case(
+        "on a base in fp32, with a prompt in bfloat16": lambda generator: prompt_tuning.exact_case(
             generator, "left", torch.float32, torch.bfloat16
         ),
     },
-    check_prompted_memory: {
-        "without a mask": lambda generator: memory_case(generator, "none"),
-        "in two layers, padded on either side": lambda generator: memory_case(generator, "each", layers=2),
+    prompt_tuning.check_prompted_memory: {
+        "without a mask": lambda generator: prompt_tuning.memory_case(generator, "none"),
+        "in two layers, padded on either side": lambda generator: prompt_tuning.memory_case(generator, "each", layers=2),
     },
-    check_starts: {
-        "of an embedding in float16": lambda generator: starts_case(generator, torch.float16),
-        "of an embedding in double precision": lambda generator: starts_case(generator, torch.float64),
+    prompt_tuning.check_starts: {
+        "of an embedding in float16": lambda generator: prompt_tuning.starts_case(generator, torch.float16),
+        "of an embedding in double precision": lambda generator: prompt_tuning.starts_case(generator, torch.float64),
     },
-    check_prompted_loss: {
-        "on logits in float16": lambda generator: loss_case(generator, torch.float16),
-        "with few labels": lambda generator: loss_case(generator, ignored=0.9),
+    prompt_tuning.check_prompted_loss: {
+        "on logits in float16": lambda generator: prompt_tuning.loss_case(generator, torch.float16),
+        "with few labels": lambda generator: prompt_tuning.loss_case(generator, ignored=0.9),
     },
-    check_mixed_prompts: {
-        "in two layers, padded on the left": lambda generator: mixed_case(generator, "left", layers=2),
-        "in two layers, padded on the right": lambda generator: mixed_case(generator, "right", layers=2),
-        "on a base in float16, with prompts in fp32": lambda generator: exact_mixed_case(generator, "none", torch.float16),
-        "on a base in fp32, with prompts in bfloat16": lambda generator: exact_mixed_case(
+    prompt_tuning.check_mixed_prompts: {
+        "in two layers, padded on the left": lambda generator: prompt_tuning.mixed_case(generator, "left", layers=2),
+        "in two layers, padded on the right": lambda generator: prompt_tuning.mixed_case(generator, "right", layers=2),
+        "on a base in float16, with prompts in fp32": lambda generator: prompt_tuning.exact_mixed_case(
+            generator, "none", torch.float16
+        ),
+        "on a base in fp32, with prompts in bfloat16": lambda generator: prompt_tuning.exact_mixed_case(
             generator, "left", torch.float32, torch.bfloat16
         ),
     },
-    check_prompt_files: {
-        "in bfloat16": lambda generator: files_case(generator, torch.bfloat16),
-        "in double precision": lambda generator: files_case(generator, torch.float64),
+    prompt_tuning.check_prompt_files: {
+        "in bfloat16": lambda generator: prompt_tuning.files_case(generator, torch.bfloat16),
+        "in double precision": lambda generator: prompt_tuning.files_case(generator, torch.float64),
     },
-    check_diagnose: {
-        "of a small prompt": lambda generator: diagnose_case(generator, scale=0.1),
-        "of a large prompt": lambda generator: diagnose_case(generator, scale=7.0),
+    prompt_tuning.check_diagnose: {
+        "of a small prompt": lambda generator: prompt_tuning.diagnose_case(generator, scale=0.1),
+        "of a large prompt": lambda generator: prompt_tuning.diagnose_case(generator, scale=7.0),
     },
 }
 

@@ -2,57 +2,46 @@
 
 import torch
 
-from autograder.checks.prefix_tuning import (
-    attention_case,
-    cache_case,
-    check_prefix_attention,
-    check_prefix_cache,
-    check_prefix_from_tokens,
-    check_prefix_memory,
-    check_prefix_model,
-    check_reparameterized,
-    memory_case,
-    model_case,
-    reparameterized_case,
-    tokens_case,
-)
+from autograder.checks import prefix_tuning
 
 CASES = {
-    check_prefix_attention: {
-        "in double precision": lambda generator: attention_case(generator, torch.float64),
-        "in bfloat16, with padding and a prefix in float32": lambda generator: attention_case(
+    prefix_tuning.check_prefix_attention: {
+        "in double precision": lambda generator: prefix_tuning.attention_case(generator, torch.float64),
+        "in bfloat16, with padding and a prefix in float32": lambda generator: prefix_tuning.attention_case(
             generator, torch.bfloat16, prefix_dtype=torch.float32, padded=True
         ),
-        "in float16": lambda generator: attention_case(generator, torch.float16),
-        "in single precision, with padding": lambda generator: attention_case(generator, padded=True),
-        "where every query head has its own keys": lambda generator: attention_case(generator, grouped=False),
-        "with a prefix of one token": lambda generator: attention_case(generator, tokens=1, padded=True),
+        "in float16": lambda generator: prefix_tuning.attention_case(generator, torch.float16),
+        "in single precision, with padding": lambda generator: prefix_tuning.attention_case(generator, padded=True),
+        "where every query head has its own keys": lambda generator: prefix_tuning.attention_case(generator, grouped=False),
+        "with a prefix of one token": lambda generator: prefix_tuning.attention_case(generator, tokens=1, padded=True),
     },
-    check_prefix_memory: {
-        "with wider heads": lambda generator: memory_case(generator, head_dim=16),
-        "in double precision": lambda generator: memory_case(generator, torch.float64),
+    prefix_tuning.check_prefix_memory: {
+        "with wider heads": lambda generator: prefix_tuning.memory_case(generator, head_dim=16),
+        "in double precision": lambda generator: prefix_tuning.memory_case(generator, torch.float64),
     },
-    check_prefix_model: {
-        "in double precision": lambda generator: model_case(generator, torch.float64),
-        "with padding on the right": lambda generator: model_case(generator, left=False),
-        "with four layers and a prefix of one token": lambda generator: model_case(generator, tokens=1, layers=4),
-        "with a single layer": lambda generator: model_case(generator, layers=1),
+    prefix_tuning.check_prefix_model: {
+        "in double precision": lambda generator: prefix_tuning.model_case(generator, torch.float64),
+        "with padding on the right": lambda generator: prefix_tuning.model_case(generator, left=False),
+        "with four layers and a prefix of one token": lambda generator: prefix_tuning.model_case(generator, tokens=1, layers=4),
+        "with a single layer": lambda generator: prefix_tuning.model_case(generator, layers=1),
     },
-    check_prefix_from_tokens: {
-        "in double precision": lambda generator: tokens_case(generator, torch.float64),
-        "in float16, with one layer": lambda generator: tokens_case(generator, torch.float16, layers=1),
-        "with four layers and three key-value heads": lambda generator: tokens_case(generator, kv_heads=3, layers=4),
-        "on a single token": lambda generator: tokens_case(generator, tokens=1),
-        "on another device": lambda generator: tokens_case(generator) | {"elsewhere": True},
+    prefix_tuning.check_prefix_from_tokens: {
+        "in double precision": lambda generator: prefix_tuning.tokens_case(generator, torch.float64),
+        "in float16, with one layer": lambda generator: prefix_tuning.tokens_case(generator, torch.float16, layers=1),
+        "with four layers and three key-value heads": lambda generator: prefix_tuning.tokens_case(
+            generator, kv_heads=3, layers=4
+        ),
+        "on a single token": lambda generator: prefix_tuning.tokens_case(generator, tokens=1),
+        "on another device": lambda generator: prefix_tuning.tokens_case(generator) | {"elsewhere": True},
     },
-    check_reparameterized: {
-        "in double precision": lambda generator: reparameterized_case(generator, torch.float64),
-        "with one layer": lambda generator: reparameterized_case(generator, layers=1),
-        "with seven layers": lambda generator: reparameterized_case(generator, layers=7),
+    prefix_tuning.check_reparameterized: {
+        "in double precision": lambda generator: prefix_tuning.reparameterized_case(generator, torch.float64),
+        "with one layer": lambda generator: prefix_tuning.reparameterized_case(generator, layers=1),
+        "with seven layers": lambda generator: prefix_tuning.reparameterized_case(generator, layers=7),
     },
-    check_prefix_cache: {
-        "in double precision": lambda generator: cache_case(generator, torch.float64),
-        "with three layers": lambda generator: cache_case(generator, layers=3),
+    prefix_tuning.check_prefix_cache: {
+        "in double precision": lambda generator: prefix_tuning.cache_case(generator, torch.float64),
+        "with three layers": lambda generator: prefix_tuning.cache_case(generator, layers=3),
     },
 }
 

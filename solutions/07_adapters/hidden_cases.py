@@ -2,62 +2,51 @@
 
 import torch
 
-from autograder.checks.adapters import (
-    adapter_case,
-    adapter_memory_case,
-    add_case,
-    bank_case,
-    check_adapter,
-    check_adapter_memory,
-    check_adapter_parameters,
-    check_add_adapters,
-    check_adapter_bank,
-    check_join,
-    check_adapted_memory,
-    join_case,
-    adapted_memory_case,
-    parameters_case,
-)
+from autograder.checks import adapters
 
 CASES = {
-    check_adapter: {
-        "in double precision": lambda generator: adapter_case(generator, torch.float64),
-        "in float16": lambda generator: adapter_case(generator, torch.float16),
-        "in bfloat16": lambda generator: adapter_case(generator, torch.bfloat16),
-        "on tokens without a batch dimension": lambda generator: adapter_case(generator, shape=(11,)),
+    adapters.check_adapter: {
+        "in double precision": lambda generator: adapters.adapter_case(generator, torch.float64),
+        "in float16": lambda generator: adapters.adapter_case(generator, torch.float16),
+        "in bfloat16": lambda generator: adapters.adapter_case(generator, torch.bfloat16),
+        "on tokens without a batch dimension": lambda generator: adapters.adapter_case(generator, shape=(11,)),
     },
-    check_adapter_memory: {
-        "on a narrow bottleneck": lambda generator: adapter_memory_case(generator) | {"bottleneck": 1},
-        "on a bottleneck wider than the hidden size": lambda generator: adapter_memory_case(generator) | {"bottleneck": 99},
+    adapters.check_adapter_memory: {
+        "on a narrow bottleneck": lambda generator: adapters.adapter_memory_case(generator) | {"bottleneck": 1},
+        "on a bottleneck wider than the hidden size": lambda generator: (
+            adapters.adapter_memory_case(generator) | {"bottleneck": 99}
+        ),
     },
-    check_add_adapters: {
-        "in double precision": lambda generator: add_case(generator, dtype=torch.float64),
-        "behind attention alone": lambda generator: add_case(generator, places=["self_attn"]),
-        "with the places in the other order": lambda generator: add_case(generator, places=["mlp", "self_attn"]),
-        "on a model of one layer": lambda generator: add_case(generator, layers=1),
-        "on three layers with a tied head": lambda generator: add_case(generator, layers=3, tied=True),
+    adapters.check_add_adapters: {
+        "in double precision": lambda generator: adapters.add_case(generator, dtype=torch.float64),
+        "behind attention alone": lambda generator: adapters.add_case(generator, places=["self_attn"]),
+        "with the places in the other order": lambda generator: adapters.add_case(generator, places=["mlp", "self_attn"]),
+        "on a model of one layer": lambda generator: adapters.add_case(generator, layers=1),
+        "on three layers with a tied head": lambda generator: adapters.add_case(generator, layers=3, tied=True),
     },
-    check_adapted_memory: {
-        "behind attention alone": lambda generator: adapted_memory_case(generator, places=["self_attn"]),
-        "in float16, on three layers": lambda generator: adapted_memory_case(generator, dtype="float16", layers=3),
-        "in double precision": lambda generator: adapted_memory_case(generator, dtype="float64"),
+    adapters.check_adapted_memory: {
+        "behind attention alone": lambda generator: adapters.adapted_memory_case(generator, places=["self_attn"]),
+        "in float16, on three layers": lambda generator: adapters.adapted_memory_case(generator, dtype="float16", layers=3),
+        "in double precision": lambda generator: adapters.adapted_memory_case(generator, dtype="float64"),
     },
-    check_adapter_parameters: {
-        "behind attention alone": lambda generator: parameters_case(generator, ("self_attn",)),
-        "at three places": lambda generator: parameters_case(generator, ("self_attn", "mlp", "lm_head")),
-        "at other sizes": lambda generator: parameters_case(generator, ("mlp", "self_attn"), low=40),
+    adapters.check_adapter_parameters: {
+        "behind attention alone": lambda generator: adapters.parameters_case(generator, ("self_attn",)),
+        "at three places": lambda generator: adapters.parameters_case(generator, ("self_attn", "mlp", "lm_head")),
+        "at other sizes": lambda generator: adapters.parameters_case(generator, ("mlp", "self_attn"), low=40),
     },
-    check_adapter_bank: {
-        "in double precision": lambda generator: bank_case(generator, [["de"], ["de", "reviews", "en"]], torch.float64),
-        "on other selections": lambda generator: bank_case(
+    adapters.check_adapter_bank: {
+        "in double precision": lambda generator: adapters.bank_case(
+            generator, [["de"], ["de", "reviews", "en"]], torch.float64
+        ),
+        "on other selections": lambda generator: adapters.bank_case(
             generator, [["fr"], ["reviews"], [], ["klingon"], ["en", "de"], ["reviews", "klingon"], ["de"]]
         ),
     },
-    check_join: {
-        "in double precision": lambda generator: join_case(generator, (5, 2), [0.3, 1.9], torch.float64),
-        "in float16": lambda generator: join_case(generator, (3, 4), [-0.8, 1.2], torch.float16),
-        "with weights that add up to zero": lambda generator: join_case(generator, (4, 4), [1.0, -1.0]),
-        "with a weight of zero": lambda generator: join_case(generator, (3, 6), [0.0, 1.0]),
+    adapters.check_join: {
+        "in double precision": lambda generator: adapters.join_case(generator, (5, 2), [0.3, 1.9], torch.float64),
+        "in float16": lambda generator: adapters.join_case(generator, (3, 4), [-0.8, 1.2], torch.float16),
+        "with weights that add up to zero": lambda generator: adapters.join_case(generator, (4, 4), [1.0, -1.0]),
+        "with a weight of zero": lambda generator: adapters.join_case(generator, (3, 6), [0.0, 1.0]),
     },
 }
 

@@ -2,21 +2,7 @@
 
 import torch
 
-from autograder.checks.lora import (
-    adapter_case,
-    check_adapter_files,
-    check_inject,
-    check_lora_forward,
-    check_lora_memory,
-    check_lora_start,
-    check_merge,
-    check_merge_into_head,
-    forward_case,
-    inject_case,
-    merge_case,
-    start_case,
-    tied_case,
-)
+from autograder.checks import lora
 
 
 def _one_sequence(case: dict) -> dict:
@@ -25,34 +11,34 @@ def _one_sequence(case: dict) -> dict:
 
 
 CASES = {
-    check_lora_forward: {
-        "in double precision": lambda generator: forward_case(generator, torch.float64),
-        "in bfloat16": lambda generator: forward_case(generator, torch.bfloat16),
-        "with a bias, in float16": lambda generator: forward_case(generator, torch.float16, bias=True),
-        "on an input without a batch dimension": lambda generator: _one_sequence(forward_case(generator)),
+    lora.check_lora_forward: {
+        "in double precision": lambda generator: lora.forward_case(generator, torch.float64),
+        "in bfloat16": lambda generator: lora.forward_case(generator, torch.bfloat16),
+        "with a bias, in float16": lambda generator: lora.forward_case(generator, torch.float16, bias=True),
+        "on an input without a batch dimension": lambda generator: _one_sequence(lora.forward_case(generator)),
     },
-    check_lora_start: {
-        "on a base in bfloat16": lambda generator: start_case(generator, "bfloat16"),
-        "on a base in float64": lambda generator: start_case(generator, "float64"),
+    lora.check_lora_start: {
+        "on a base in bfloat16": lambda generator: lora.start_case(generator, "bfloat16"),
+        "on a base in float64": lambda generator: lora.start_case(generator, "float64"),
     },
-    check_lora_memory: {
+    lora.check_lora_memory: {
         "on a wide layer": lambda generator: {"in_features": 48, "out_features": 300, "rank": 6, "rows": 40},
         "on a tall layer": lambda generator: {"in_features": 300, "out_features": 48, "rank": 2, "rows": 40},
     },
-    check_inject: {
-        "with one target": lambda generator: inject_case(generator, ["aux_q_proj"], ["gate"], width=5),
-        "with all targets": lambda generator: inject_case(
+    lora.check_inject: {
+        "with one target": lambda generator: lora.inject_case(generator, ["aux_q_proj"], ["gate"], width=5),
+        "with all targets": lambda generator: lora.inject_case(
             generator, ["embed", "q_proj", "v_proj", "q_proj_gate", "aux_q_proj"], ["norms"], width=7
         ),
     },
-    check_merge: {
-        "in double precision": lambda generator: merge_case(generator, torch.float64),
-        "in bfloat16": lambda generator: merge_case(generator, torch.bfloat16),
+    lora.check_merge: {
+        "in double precision": lambda generator: lora.merge_case(generator, torch.float64),
+        "in bfloat16": lambda generator: lora.merge_case(generator, torch.bfloat16),
     },
-    check_adapter_files: {"with other sizes": adapter_case},
-    check_merge_into_head: {
-        "with a tied head": lambda generator: tied_case(generator, tied=True),
-        "with an untied head": lambda generator: tied_case(generator, tied=False),
+    lora.check_adapter_files: {"with other sizes": lora.adapter_case},
+    lora.check_merge_into_head: {
+        "with a tied head": lambda generator: lora.tied_case(generator, tied=True),
+        "with an untied head": lambda generator: lora.tied_case(generator, tied=False),
     },
 }
 

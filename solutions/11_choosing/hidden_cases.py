@@ -1,64 +1,46 @@
 """The hidden cases of unit 11_choosing: for every check, what kind of case it is and how to make one."""
 
-from autograder.checks.choosing import (
-    batch_case,
-    check_broken_rules,
-    check_choose_for,
-    check_cost_of_rank,
-    check_heaviest_batch,
-    check_largest_batch,
-    check_merge_rows,
-    check_pareto_front,
-    check_recommend,
-    check_summarise,
-    evidence_case,
-    lengths_case,
-    merge_case,
-    pareto_case,
-    rank_case,
-    rules_case,
-    summary_case,
-)
+from autograder.checks import choosing
 
 CASES = {
-    check_merge_rows: {
-        "for more rows a set": lambda generator: merge_case(generator, several=4),
-        "without rows of the reader's own": lambda generator: merge_case(generator) | {"own": []},
-        "without shipped rows": lambda generator: merge_case(generator) | {"shipped": []},
+    choosing.check_merge_rows: {
+        "for more rows a set": lambda generator: choosing.merge_case(generator, several=4),
+        "without rows of the reader's own": lambda generator: choosing.merge_case(generator) | {"own": []},
+        "without shipped rows": lambda generator: choosing.merge_case(generator) | {"shipped": []},
     },
-    check_summarise: {
-        "for larger learning rates": lambda generator: summary_case(generator, scale=30.0),
-        "for smaller learning rates": lambda generator: summary_case(generator, scale=0.01),
+    choosing.check_summarise: {
+        "for larger learning rates": lambda generator: choosing.summary_case(generator, scale=30.0),
+        "for smaller learning rates": lambda generator: choosing.summary_case(generator, scale=0.01),
     },
-    check_pareto_front: {
-        "for costs in bytes": lambda generator: pareto_case(generator, scale=1e9),
-        "for costs below 1": lambda generator: pareto_case(generator, scale=1e-3),
+    choosing.check_pareto_front: {
+        "for costs in bytes": lambda generator: choosing.pareto_case(generator, scale=1e9),
+        "for costs below 1": lambda generator: choosing.pareto_case(generator, scale=1e-3),
     },
-    check_largest_batch: {
-        "with a limit of 300": lambda generator: batch_case(generator, limit=300),
-        "with a limit of 64": lambda generator: batch_case(generator, limit=64),
+    choosing.check_largest_batch: {
+        "with a limit of 300": lambda generator: choosing.batch_case(generator, limit=300),
+        "with a limit of 64": lambda generator: choosing.batch_case(generator, limit=64),
     },
-    check_cost_of_rank: {
-        "for two ranks": lambda generator: rank_case(generator, (3, 8)),
-        "for six ranks": lambda generator: rank_case(generator, (1, 2, 4, 9, 32, 100)),
-        "for a single rank": lambda generator: rank_case(generator, (8,)),
+    choosing.check_cost_of_rank: {
+        "for two ranks": lambda generator: choosing.rank_case(generator, (3, 8)),
+        "for six ranks": lambda generator: choosing.rank_case(generator, (1, 2, 4, 9, 32, 100)),
+        "for a single rank": lambda generator: choosing.rank_case(generator, (8,)),
     },
-    check_broken_rules: {
-        "in megabytes": lambda generator: rules_case(generator, unit=10**6),
-        "in terabytes": lambda generator: rules_case(generator, unit=10**12),
+    choosing.check_broken_rules: {
+        "in megabytes": lambda generator: choosing.rules_case(generator, unit=10**6),
+        "in terabytes": lambda generator: choosing.rules_case(generator, unit=10**12),
     },
-    check_recommend: {
-        "for a model a thousandth the size": lambda generator: evidence_case(generator, unit=10**6),
-        "where some qualities are not known": lambda generator: evidence_case(generator, measured=False),
+    choosing.check_recommend: {
+        "for a model a thousandth the size": lambda generator: choosing.evidence_case(generator, unit=10**6),
+        "where some qualities are not known": lambda generator: choosing.evidence_case(generator, measured=False),
     },
-    check_choose_for: {
+    choosing.check_choose_for: {
         "in the first four": lambda generator: {"letters": "ABCD"},
         "in the last four": lambda generator: {"letters": "EFGH"},
     },
-    check_heaviest_batch: {
-        "for one long row": lambda generator: lengths_case(generator),
-        "for a short last batch": lambda generator: lengths_case(generator, "a long row at the end"),
-        "for rows of like length": lambda generator: lengths_case(generator, "middling rows"),
+    choosing.check_heaviest_batch: {
+        "for one long row": lambda generator: choosing.lengths_case(generator),
+        "for a short last batch": lambda generator: choosing.lengths_case(generator, "a long row at the end"),
+        "for rows of like length": lambda generator: choosing.lengths_case(generator, "middling rows"),
     },
 }
 

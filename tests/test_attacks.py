@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from attacks import ALL, SOLUTION, UNIT, hostile_to
-from autograder import grade
-from autograder.sandbox import Limits, sandbox_problem
+from autograder.grading import grade
+from autograder.sandbox.enclosure import Limits, sandbox_problem
 from classroom import Classroom
 from test_autograde import POINTS
 

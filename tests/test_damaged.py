@@ -18,11 +18,12 @@ from nbgrader.converters import GenerateFeedback
 from nbgrader.utils import temp_attrs
 
 from attacks import SOLUTION, UNIT, first_cell, merge_that
-from autograder import grade, intake, sandbox_process
-from autograder.grade import FAILED, MARKED, UNUSABLE, Settings
-from autograder.sandbox import Limits, sandbox_problem
-from autograder.sandbox_process import SandboxProcess
-from autograder.student_kernel import StudentKernel
+from autograder.grading import grade, intake
+from autograder.grading.grade import FAILED, MARKED, UNUSABLE, Settings
+from autograder.sandbox.enclosure import Limits, sandbox_problem
+from autograder.sandbox.enclosure import process as sandbox_process
+from autograder.sandbox.kernel import StudentKernel
+from autograder.sandbox.process import SandboxProcess
 from classroom import Classroom
 from damage import Damaged, damaged
 from test_autograde import POINTS

@@ -17,10 +17,11 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from attacks import MERGE, SOLUTION, UNIT
-from autograder import grade, sanitize
-from autograder.build import instructor_notebook
-from autograder.drive import StudentError, read_reply
-from autograder.intake import (
+from autograder.building.build import instructor_notebook
+from autograder.checking.drive import StudentError, read_reply
+from autograder.checking.masters import units
+from autograder.grading import grade, sanitize
+from autograder.grading.intake import (
     FILES_BYTES,
     Submission,
     UnusableError,
@@ -31,10 +32,9 @@ from autograder.intake import (
     students,
     unknown,
 )
-from autograder.plain import whole
-from autograder.reference import units
-from autograder.sandbox import remove
-from autograder.student_kernel import _output, _said
+from autograder.sandbox.enclosure import remove
+from autograder.sandbox.kernel import _output, _said
+from autograder.sandbox.plain import whole
 
 NAME = f"{UNIT}.ipynb"
 STUB = "raise NotImplementedError()"
@@ -154,7 +154,7 @@ def test_what_a_learning_management_system_named_is_told_with_what_to_do():
 
 
 def test_a_compressed_archive_that_unpacks_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("autograder.intake.NOTEBOOK_BYTES", 2**20)
+    monkeypatch.setattr("autograder.grading.intake.NOTEBOOK_BYTES", 2**20)
     with pytest.raises(UnusableError, match="more than 1 are not read"):
         hand_in(tmp_path, {"a.tar.gz": gzip.compress(bytes(2**22))})
 
@@ -189,7 +189,7 @@ def test_folders_without_end_are_not_followed_without_end(tmp_path, in_time):
 
 
 def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("autograder.sandbox.REMOVING_SECONDS", 0)
+    monkeypatch.setattr("autograder.sandbox.enclosure.REMOVING_SECONDS", 0)
     (tmp_path / "full").mkdir()
     assert "longer" in remove(tmp_path / "full")
 

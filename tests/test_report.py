@@ -7,8 +7,8 @@ from datetime import datetime
 import pytest
 from nbgrader.api import Gradebook
 
-from autograder import report
-from autograder.records import FAILED, MARKED, UNUSABLE, Record
+from autograder.grading import report
+from autograder.grading.records import FAILED, MARKED, UNUSABLE, Record
 
 UNIT = "08_lora"
 POINTS = {"check-merge": 2, "colleague": 3}

@@ -50,7 +50,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "mask.cumsum(dim=1) - 1  ->  mask.cumsum(dim=1) + 1": "positions from 0 or from 2: RoPE sees differences only",
     "1  ->  2": "positions from 0 or from -1: RoPE sees differences only",

@@ -45,7 +45,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "wrap = wrap or PrefixAttention  ->  pass": "this line is given, not written by the student; the check passes a `wrap` of its "
     "own, so that it does not depend on another exercise",

@@ -50,7 +50,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "'self_attn'  ->  'self_attnx'": "in adapter_parameters and largest_bottleneck only the number of places counts, not their names",
     "'mlp'  ->  'mlpx'": "in adapter_parameters and largest_bottleneck only the number of places counts, not their names",

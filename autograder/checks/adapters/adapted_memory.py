@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import seeing
 from autograder.checks.adapters.adapted import FROZEN, MOVED, NEW_ADAPTER, OUTPUT, WRAPPED, Adapted, add_adapters
 from autograder.checks.adapters.add_adapters import check_add_adapters
 from autograder.checks.adapters.helpers import adapter_class, tensors_kept
 from autograder.checks.adapters.memory import WEIGHTS
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import seeing
 
 
 def adapted_memory_case(

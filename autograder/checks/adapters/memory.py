@@ -2,11 +2,11 @@
 
 import torch
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.adapters.adapter import CHANGE, DOWN, GELU, SQUEEZED, START_DOWN, START_UP_BIAS, SUM, UP, Adapter
 from autograder.checks.adapters.helpers import tensors_kept
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def adapter_memory_case(generator: torch.Generator) -> dict:

@@ -2,7 +2,9 @@
 
 import torch
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.bitfit.biased_linear import (
     KEPT,
     OUTPUT,
@@ -13,8 +15,6 @@ from autograder.checks.bitfit.biased_linear import (
     biased_linear_backward,
 )
 from autograder.checks.bitfit.cases import numbers
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def bias_memory_case(generator: torch.Generator, *batch: int, dtype: torch.dtype = torch.float32) -> dict:

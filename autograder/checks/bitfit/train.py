@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.bitfit.cases import llama_sizes
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 from peftlab.llama import RMSNorm
 
 

@@ -2,7 +2,9 @@
 
 import torch
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.layer_freezing.cases import parts, sizes_of_a_llama
 from autograder.checks.layer_freezing.last_and_first import (
     FREEZE_FIRST,
@@ -18,8 +20,6 @@ from autograder.checks.layer_freezing.last_and_first import (
     train_last,
 )
 from autograder.checks.layer_freezing.train_last import check_train_last
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def freezing_memory_case(

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autograder.cases import between
+from autograder.checking.cases import between
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.layer_freezing.cases import parts, sizes_of_a_llama
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def run_checkpointed(layers: nn.ModuleList, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """LoRALinear: measured memory."""
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.lora.lora_linear import COMPRESSED, RETURNED, SCALED, UPDATE, LoRALinear
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def drive_memory(LoRALinear, in_features, out_features, rank, rows):

@@ -4,7 +4,9 @@ import math
 
 import torch
 
-from autograder.cases import between, normal, total_bytes
+from autograder.checking.cases import between, normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.prefix_tuning.elsewhere import ELSEWHERE, on_meta
 from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.prefix_attention import (
@@ -18,8 +20,6 @@ from autograder.checks.prefix_tuning.prefix_attention import (
     PrefixAttention,
 )
 from autograder.checks.prefix_tuning.rounding import LOW_PRECISION, cast, relative_errors, rounding_tolerance
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def memory_case(

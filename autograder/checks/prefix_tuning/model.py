@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between, normal, total_bytes
+from autograder.checking.cases import between, normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.prefix_tuning.elsewhere import ELSEWHERE, on_meta
 from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.prefix_attention import PrefixAttention
 from autograder.checks.prefix_tuning.rounding import rounding_tolerance
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 from peftlab.llama import LlamaModel
 
 

@@ -2,7 +2,9 @@
 
 import torch
 
-from autograder.cases import total_bytes
+from autograder.checking.cases import total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.prompt_tuning.cases import prompted_case
 from autograder.checks.prompt_tuning.forward import check_prompted_forward
 from autograder.checks.prompt_tuning.prompted_model import (
@@ -15,8 +17,6 @@ from autograder.checks.prompt_tuning.prompted_model import (
     SEQUENCE,
     PromptedModel,
 )
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def memory_case(generator: torch.Generator, side: str = "left", layers: int = 1) -> dict:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, uneven_levels
+from autograder.checking.cases import between, uneven_levels
+from autograder.checking.exercise import Exercise
 from autograder.checks.qlora.cases import random_bytes
-from autograder.exercise import Exercise
 
 
 def dequantize_nf4(

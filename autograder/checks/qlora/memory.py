@@ -2,7 +2,10 @@
 
 import torch
 
-from autograder.cases import normal, total_bytes
+from autograder.checking.cases import normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import seeing
 from autograder.checks.qlora.cases import nf4_case, random_bytes
 from autograder.checks.qlora.nf4_linear import (
     ABSMAX_BUFFER,
@@ -15,9 +18,6 @@ from autograder.checks.qlora.nf4_linear import (
     NF4Linear,
     NF4Product,
 )
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import seeing
 
 
 def nf4_memory_case(generator: torch.Generator, compute: str = "float32", double: bool = True) -> dict:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import fill, seeing
 from autograder.checks.qlora.qlora_layer import QLoRALinear
-from autograder.exercise import Exercise
-from autograder.helpers import fill, seeing
 
 
 def qlora(

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import EPS, total_bytes
+from autograder.checking.cases import EPS, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.qlora.adamw_8bit import AdamW8bit, from_8bit, to_8bit
 from autograder.checks.qlora.adamw_cases import adamw_case
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 from peftlab.dynamic_code import dynamic_code
 
 

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from autograder.cases import between, normal, total_bytes
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import fill
+from autograder.checking.cases import between, normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import fill
 
 
 def prepare_for_training(model: nn.Module) -> None:

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import EPS, between, normal, total_bytes
+from autograder.checking.cases import EPS, between, normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.qlora.cases import coarse, unit_rows
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 class QLoRALinear(nn.Module):

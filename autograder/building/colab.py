@@ -1,8 +1,8 @@
 """What a notebook needs on Colab and Kaggle, where it arrives alone: badges that open it, and a cell that installs the course.
 
-`autograder.build` puts them into every notebook, if pyproject.toml says under [project.urls] where the repository is. Without
-an address there are none: a notebook must not install what somebody else may have put at a place that we only guess.
-`python -m autograder.colab` writes the git remote's address there.
+`autograder.building.build` puts them into every notebook, if pyproject.toml says under [project.urls] where the repository is.
+Without an address there are none: a notebook must not install what somebody else may have put at a place that we only guess.
+`python -m autograder.building.colab` writes the git remote's address there.
 """
 
 import re
@@ -13,7 +13,7 @@ import tomllib
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
 
-from autograder.reference import SOLUTIONS
+from autograder.checking.masters import SOLUTIONS
 
 ROOT = SOLUTIONS.parent
 PYPROJECT, DATA = ROOT / "pyproject.toml", ROOT / "data-requirements.txt"

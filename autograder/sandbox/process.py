@@ -1,7 +1,8 @@
 """A submission's sandbox, seen from outside: a kernel is started in it, and checks call the student's answers.
 
-Nothing that student code sends is trusted: what a driver returns is read without running anything (`autograder.drive`).
-How much memory a call took is said by a process in there that runs no student code (`autograder.sandbox_server`).
+Nothing that student code sends is trusted: what a driver returns is read without running anything
+(`autograder.checking.drive`). How much memory a call took is said by a process in there that runs no student code
+(`autograder.sandbox.server`).
 """
 
 import base64
@@ -22,10 +23,10 @@ from pathlib import Path
 
 import psutil
 
-from autograder import sandbox_server
-from autograder.drive import describe_error
-from autograder.sandbox import SERVER, Limits, remove, sandboxed
-from autograder.watch import Moment, StoppedError, Watch
+from autograder.checking.drive import describe_error
+from autograder.sandbox.enclosure import SERVER, Limits, remove, sandboxed
+from autograder.sandbox.enclosure import server as sandbox_server
+from autograder.sandbox.watch import Moment, StoppedError, Watch
 
 LOOK_EVERY = 0.25
 AT_ONCE_SECONDS = 30
@@ -193,7 +194,7 @@ class SandboxProcess:
         """Run the student's cells, then `driver(*answers, **arguments)`, in a new process.
 
         Args:
-            cells: see `autograder.needed.needed`; with `again`, the "source" of each cell as it stands in the notebook.
+            cells: see `autograder.sandbox.needed.needed`; with `again`, the "source" of each cell as it stands in the notebook.
             source: defines the driver.
             answers: names that the cells define.
             arguments: what `torch.save` makes of the keyword arguments.

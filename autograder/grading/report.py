@@ -14,9 +14,9 @@ from pathlib import Path
 
 from nbgrader.api import Assignment, Grade, Gradebook, MissingEntry, SubmittedAssignment
 
-from autograder import intake
-from autograder.build import course_config
-from autograder.records import Record
+from autograder.grading import intake
+from autograder.building.build import course_config
+from autograder.grading.records import Record
 
 SHOWN = 10
 COLUMNS = (

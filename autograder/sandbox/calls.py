@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable
 
-from autograder.drive import RemoteAnswer, StudentError
-from autograder.exercise import NOT_WRITTEN
-from autograder.sandbox_process import Reply, SandboxProcess
-from autograder.watch import StoppedError
+from autograder.checking.drive import RemoteAnswer, StudentError
+from autograder.checking.exercise import NOT_WRITTEN
+from autograder.sandbox.process import Reply, SandboxProcess
+from autograder.sandbox.watch import StoppedError
 
 
 class Calls:

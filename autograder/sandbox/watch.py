@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from autograder.sandbox import Limits
+from autograder.sandbox.enclosure import Limits
 
 
 class StoppedError(Exception):

@@ -1,8 +1,8 @@
 """Build what students and instructors open from the masters.
 
-    python -m autograder.build            build every unit
-    python -m autograder.build 08_lora    build one
-    python -m autograder.build --check    build nothing; fail if course/ differs from its masters
+    python -m autograder.building.build            build every unit
+    python -m autograder.building.build 08_lora    build one
+    python -m autograder.building.build --check    build nothing; fail if course/ differs from its masters
 
 master (solutions/UNIT/UNIT.py) -> instructor's notebook (solutions/UNIT/UNIT.ipynb) -> student's notebook
 (course/UNIT/UNIT.ipynb), the last step by nbgrader's own `generate_assignment`. Building twice gives the same bytes.
@@ -23,8 +23,9 @@ from nbgrader.coursedir import CourseDirectory
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
-from autograder import colab, front, hidden, index
-from autograder.reference import SOLUTIONS, master_path, units
+from autograder.building import colab, front, index
+from autograder.checking import hidden
+from autograder.checking.masters import SOLUTIONS, master_path, units
 
 ROOT = SOLUTIONS.parent
 COURSE = ROOT / "course"
@@ -127,7 +128,9 @@ def drift(names: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line described in this module's docstring; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m autograder.build", description="Build the course from its masters.")
+    parser = argparse.ArgumentParser(
+        prog="python -m autograder.building.build", description="Build the course from its masters."
+    )
     parser.add_argument("units", nargs="*", metavar="UNIT", help="folder names, such as 08_lora; default: all")
     parser.add_argument("--check", action="store_true", help="only compare course/ with what the masters give")
     options = parser.parse_args(arguments)

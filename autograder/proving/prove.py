@@ -1,10 +1,10 @@
 """How far the marks can be trusted: for every exercise, what is caught of what is wrong, and what passes of what is right.
 
-    python -m autograder.prove              every unit
-    python -m autograder.prove 08_lora      one
+    python -m autograder.proving.prove              every unit
+    python -m autograder.proving.prove 08_lora      one
 
 The known mistakes must be rejected, each with its own sentence, the variants accepted; and of the automatic mutants of the
-master's solutions (`autograder.mutants`), at least 95 in 100 must be rejected. Each that survives has its reason in the
+master's solutions (`autograder.proving.mutants`), at least 95 in 100 must be rejected. Each that survives has its reason in the
 unit's `hidden_cases.py`, under `SURVIVORS`. The exit status says whether all of this holds.
 """
 
@@ -20,11 +20,11 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from autograder import hidden
-from autograder.exercise import Exercise
-from autograder.failure import CheckFailedError
-from autograder.mutants import Mutant, mutants
-from autograder.reference import code_cells, exercises_of, load_hidden_cases, load_reference, solution_cells, units
+from autograder.checking import hidden
+from autograder.checking.exercise import Exercise
+from autograder.checking.failure import CheckFailedError
+from autograder.checking.masters import code_cells, exercises_of, load_hidden_cases, load_reference, solution_cells, units
+from autograder.proving.mutants import Mutant, mutants
 
 SECONDS = 20
 """After so long a mutant counts as rejected: it loops."""
@@ -171,7 +171,7 @@ def _rejects(unit: str, exercise: Exercise, module: ModuleType | None) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line described in this module's docstring; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m autograder.prove", description="Prove the grader.")
+    parser = argparse.ArgumentParser(prog="python -m autograder.proving.prove", description="Prove the grader.")
     parser.add_argument("units", nargs="*", metavar="UNIT", help="such as 08_lora; default: all with graded exercises")
     options = parser.parse_args(arguments)
     graded = [unit for unit in units() if exercises_of(unit)]

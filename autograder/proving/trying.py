@@ -1,11 +1,11 @@
 """What one check says: of the master's solution, of every known mistake and variant, and of an answer of yours.
 
-    python -m autograder.trying 08_lora                  name the unit's exercises
-    python -m autograder.trying 08_lora merge            try one
-    python -m autograder.trying 08_lora merge mine.py    the same, and what mine.py defines
+    python -m autograder.proving.trying 08_lora                  name the unit's exercises
+    python -m autograder.proving.trying 08_lora merge            try one
+    python -m autograder.proving.trying 08_lora merge mine.py    the same, and what mine.py defines
 
 A file is run below the imports of the unit's notebook, as a cell would be. The exit status says whether every mistake was named
-and every variant accepted. `autograder.prove` does the same for whole units, and adds mutants, which takes minutes.
+and every variant accepted. `autograder.proving.prove` does the same for whole units, and adds mutants, which takes minutes.
 """
 
 import argparse
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from autograder.exercise import Exercise
-from autograder.prove import said, said_of_hidden_cases
-from autograder.reference import SOLUTIONS, exercises_of, load_reference, units
+from autograder.checking.exercise import Exercise
+from autograder.checking.masters import SOLUTIONS, exercises_of, load_reference, units
+from autograder.proving.prove import said, said_of_hidden_cases
 
 
 def file_of(exercise: Exercise) -> Path:
@@ -69,7 +69,7 @@ def try_all(unit: str, exercise: Exercise) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line described in this module's docstring; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m autograder.trying", description="Try one exercise's check.")
+    parser = argparse.ArgumentParser(prog="python -m autograder.proving.trying", description="Try one exercise's check.")
     parser.add_argument("unit", choices=units(), metavar="UNIT", help="such as 08_lora")
     parser.add_argument("exercise", nargs="?", metavar="EXERCISE", help="such as merge; default: name them")
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="Python that defines an answer of yours")

@@ -1,4 +1,4 @@
-"""The course's index, made of the masters' own headers and sources; `autograder.build` writes it.
+"""The course's index, made of the masters' own headers and sources; `autograder.building.build` writes it.
 
 course/README.md has the units with their prerequisites and what each teaches, course/SOURCES.md what each takes from
 whom, and the table of the units stands in the project's README as well, between two comments.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jupytext
 
-from autograder.reference import SOLUTIONS, master_path, units
+from autograder.checking.masters import SOLUTIONS, master_path, units
 
 ROOT = SOLUTIONS.parent
 README, INDEX, SOURCES = (Path(name) for name in ("README.md", "course/README.md", "course/SOURCES.md"))

@@ -9,13 +9,13 @@ import re
 import torch
 from nbformat import NotebookNode
 
-from autograder.exercise import RAISED, Exercise
-from autograder.failure import CheckFailedError
-from autograder.reference import load_hidden_cases, load_reference
+from autograder.checking.exercise import RAISED, Exercise
+from autograder.checking.failure import CheckFailedError
+from autograder.checking.masters import load_hidden_cases, load_reference
 
 HIDDEN_TESTS = """
 ### BEGIN HIDDEN TESTS
-from autograder import hidden
+from autograder.checking import hidden
 
 hidden.check("{unit}", {check}, {answers})
 ### END HIDDEN TESTS"""

@@ -12,8 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from autograder.drive import Observation, as_torch_starts, describe_error, drive, drive_and_measure
-from autograder.failure import CheckFailedError
+from autograder.checking.drive import Observation, as_torch_starts, describe_error, drive, drive_and_measure
+from autograder.checking.failure import CheckFailedError
 
 Edits = Mapping[str, str]
 """Pieces of the spec's source and what stands in their place."""
@@ -36,7 +36,7 @@ class Exercise:
 
     Attributes:
         spec: the functions or classes that a right answer consists of, under the names that the student uses.
-        driver: `driver(*answers, **case)` uses the answers and returns what can be observed (see `autograder.drive`).
+        driver: `driver(*answers, **case)` uses the answers and returns what can be observed (see `autograder.checking.drive`).
         helpers: functions that the driver calls, which travel with it.
         cases: `cases(generator)` returns fresh random inputs, each a dict of the driver's keyword arguments.
         mistakes: each sentence names a mistake, and edits of the spec's source, or a source, make it. They are the diagnosis

@@ -1,7 +1,7 @@
 """Where student code runs: processes inside bubblewrap, which see their own files, their own memory and no network.
 
-One program runs there, `autograder.sandbox_server`, which starts the notebook's kernel and makes the calls of the checks, each
-in a process of its own; `autograder.sandbox_process` is its other end. Inside there are the system's
+One program runs there, `autograder.sandbox.server`, which starts the notebook's kernel and makes the calls of the checks, each
+in a process of its own; `autograder.sandbox.process` is its other end. Inside there are the system's
 and Python's own folders, read-only; `peftlab`; a copy of what was submitted, in memory; and nothing of the grader: no
 masters, no checks, no gradebook, no other submission, no other process. Nor are the libraries there that do what the students
 are to build.
@@ -19,7 +19,7 @@ import peftlab
 from peftlab.pretrained import cache_folder
 
 HERE = Path(__file__).parent
-HIDDEN = (HERE, HERE.parent / "solutions")
+HIDDEN = (HERE.parent, HERE.parents[1] / "solutions")
 YARDSTICKS = ("peft", "bitsandbytes")
 """Packages that do what the course has its students build: an answer that calls them is none."""
 STAND_IN = HERE / "inside"
@@ -115,7 +115,7 @@ def _enclosure(limits: Limits) -> list[str]:
     for path in (*HIDDEN, *_yardsticks()):  # they may lie inside an environment that is readable
         if any(Path(folder) in path.parents for folder in _readable()):
             box += ["--tmpfs", str(path)]
-    box += ["--ro-bind", str(STAND_IN), "/opt/autograder", "--ro-bind", str(HERE / "sandbox_server.py"), SERVER]
+    box += ["--ro-bind", str(STAND_IN), "/opt/autograder", "--ro-bind", str(HERE / "server.py"), SERVER]
     box += ["--proc", "/proc", "--dev", "/dev"]
     for name, value in _environment().items():
         box += ["--setenv", name, value]

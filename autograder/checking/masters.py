@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-SOLUTIONS = Path(__file__).parent.parent / "solutions"
+SOLUTIONS = Path(__file__).parents[2] / "solutions"
 
 
 def master_path(unit: str) -> Path:
@@ -120,7 +120,7 @@ def load_reference(unit: str) -> ModuleType:
 
 
 def exercises_of(unit: str) -> list:
-    """Return the unit's exercises (`autograder.exercise.Exercise`); none if nothing in it is graded by a check."""
+    """Return the unit's exercises (`autograder.checking.exercise.Exercise`); none if nothing in it is graded by a check."""
     hidden_cases = master_path(unit).with_name("hidden_cases.py")
     return list(load_hidden_cases(unit).CASES) if hidden_cases.is_file() else []
 

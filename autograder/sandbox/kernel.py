@@ -17,9 +17,9 @@ from jupyter_client import BlockingKernelClient, write_connection_file
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
-from autograder.plain import bounded, whole
-from autograder.sandbox_process import SandboxProcess
-from autograder.watch import StoppedError
+from autograder.sandbox.plain import bounded, whole
+from autograder.sandbox.process import SandboxProcess
+from autograder.sandbox.watch import StoppedError
 
 START_SECONDS = 300
 MESSAGE_BYTES = 256 * 2**20

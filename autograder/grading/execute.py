@@ -5,8 +5,8 @@
     a graded check               runs here only; what it calls `merge` sends tensors to the student's `merge` and back
     a cell tagged `experiment`   does not run: it takes minutes, and no mark depends on it
 
-The student's `merge` is called in a sandbox where nothing else of the notebook has run (`autograder.sandbox_process`): of the
-cells above the check only what `merge` needs (`autograder.needed`). If it raises an error there, perhaps for want of something
+The student's `merge` is called in a sandbox where nothing else of the notebook has run (`autograder.sandbox.process`): of the
+cells above the check only what `merge` needs (`autograder.sandbox.needed`). If it raises an error there, perhaps for want of something
 that was not found to be needed, the check is made once more where all of the cells above it have run.
 
 The names of the answers come from the master, never from the submission. What comes out is a plain list of outputs, so a
@@ -33,18 +33,19 @@ from nbgrader import utils
 from nbgrader.preprocessors import NbGraderPreprocessor
 from traitlets import Bool, Unicode
 
-from autograder.calls import Answer, Calls
-from autograder.drive import travelling
-from autograder.failure import CheckFailedError
-from autograder.needed import needed
-from autograder.reference import SOLUTIONS, answer_names, exercises_of
-from autograder.sandbox import Limits, require_sandbox
-from autograder.sandbox_process import BAGGAGE_BYTES, SandboxProcess
-from autograder.student_kernel import StudentKernel
-from autograder.watch import StoppedError
+from autograder.sandbox.calls import Answer, Calls
+from autograder.checking.drive import travelling
+from autograder.checking.failure import CheckFailedError
+from autograder.sandbox.needed import needed
+from autograder.checking.masters import SOLUTIONS, answer_names, exercises_of
+from autograder.sandbox.enclosure import Limits, require_sandbox
+from autograder.sandbox.process import BAGGAGE_BYTES, SandboxProcess
+from autograder.sandbox.kernel import StudentKernel
+from autograder.sandbox.watch import StoppedError
 
 PRINTED_CHARACTERS = 2000
-NO_PART_IN_MARKS = ("build", "mutants", "prove", "report", "run_masters", "trying")
+ROOMS = ("checking", "sandbox", "grading")
+NO_PART_IN_MARKS = ("report.py",)
 DENIED = ("Read-only file system", "Network is unreachable", "Temporary failure in name resolution", "Permission denied")
 
 
@@ -89,7 +90,7 @@ def execute(
     limits: Limits | None = None,
     sandboxed: bool = True,
 ) -> Execution:
-    """Execute a repaired notebook (see `autograder.sanitize`).
+    """Execute a repaired notebook (see `autograder.grading.sanitize`).
 
     Args:
         submission: a folder with the files that were handed in.
@@ -284,7 +285,7 @@ def _error(name: str, lines: list[str]) -> NotebookNode:
 class ExecuteInSandbox(NbGraderPreprocessor):
     """Takes the place of nbgrader's `Execute` in autograding.
 
-    `python -m autograder.grade` executes beforehand, perhaps on another machine; then the outputs are only put in.
+    `python -m autograder.grading.grade` executes beforehand, perhaps on another machine; then the outputs are only put in.
     """
 
     without_sandbox = Bool(False, help="run student code with the grader's own rights").tag(config=True)
@@ -339,8 +340,8 @@ def unit_version(unit: str) -> str:
     """Return a digest of what a mark depends on besides the submission: grader, checks, `peftlab`, master, limits, torch."""
     import peftlab
 
-    here = Path(__file__).parent
-    files = [path for path in here.glob("*.py") if path.stem not in NO_PART_IN_MARKS]
+    rooms = [Path(__file__).parents[1] / room for room in ROOMS]
+    files = [path for room in rooms for path in room.rglob("*.py") if path.name not in NO_PART_IN_MARKS]
     files += Path(peftlab.__file__).parent.rglob("*.py")
     files += (SOLUTIONS / unit).glob("*.py")
     packages = {Path(inspect.getfile(exercise.driver)).parent for exercise in exercises_of(unit)}

@@ -2,7 +2,7 @@
 
 Only this is run again when a check calls the answer, in a process that knows nothing of the rest: what other cells did to
 torch, to its defaults or to a name like `list` plays no part in it. The choice need not be perfect: if an answer cannot be
-run with what is found here, the whole notebook is run again (see `autograder.execute`).
+run with what is found here, the whole notebook is run again (see `autograder.grading.execute`).
 """
 
 import ast

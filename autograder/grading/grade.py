@@ -1,8 +1,8 @@
 """Grade a whole class: execute the submissions on all cores, or on a Dask cluster, and have nbgrader mark them.
 
-    python -m autograder.grade 08_lora                    grade what is new or has changed
-    python -m autograder.grade                            the same for every unit
-    python -m autograder.grade --scheduler tcp://...      on a cluster that is there; every worker needs the project
+    python -m autograder.grading.grade 08_lora                    grade what is new or has changed
+    python -m autograder.grading.grade                            the same for every unit
+    python -m autograder.grading.grade --scheduler tcp://...      on a cluster that is there; every worker needs the project
 
 It may be stopped at any time and started again. Executions are kept as they come in, below `grading/`; only this process
 writes to the gradebook, and it marks through nbgrader's own `autograde`. A submission that cannot be graded loses its old
@@ -40,9 +40,9 @@ from sqlalchemy.exc import SAWarning
 from tqdm import tqdm
 from traitlets.config.loader import Config
 
-from autograder import intake, report
-from autograder.build import ROOT, course_config
-from autograder.execute import (
+from autograder.grading import intake, report
+from autograder.building.build import ROOT, course_config
+from autograder.grading.execute import (
     Execution,
     execute,
     execution_key,
@@ -50,12 +50,12 @@ from autograder.execute import (
     save_execution,
     unit_version,
 )
-from autograder.intake import Submission, UnusableError, write_files
-from autograder.plain import whole
-from autograder.records import FAILED, MARKED, UNUSABLE, Record
-from autograder.reference import units
-from autograder.sandbox import Limits, SandboxMissingError, remove, require_sandbox
-from autograder.sanitize import answered, released_of
+from autograder.grading.intake import Submission, UnusableError, write_files
+from autograder.sandbox.plain import whole
+from autograder.grading.records import FAILED, MARKED, UNUSABLE, Record
+from autograder.checking.masters import units
+from autograder.sandbox.enclosure import Limits, SandboxMissingError, remove, require_sandbox
+from autograder.grading.sanitize import answered, released_of
 
 MARGIN_SECONDS = 900
 """For starting kernels, and for what the checks themselves compute."""
@@ -422,7 +422,7 @@ def _cluster(settings: Settings) -> Iterator[Client]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line described in this module's docstring; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m autograder.grade", description="Grade submissions.")
+    parser = argparse.ArgumentParser(prog="python -m autograder.grading.grade", description="Grade submissions.")
     parser.add_argument("units", nargs="*", metavar="UNIT", help="such as 08_lora; default: all")
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder with submitted/ and gradebook.db")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler; default: workers on this machine")

@@ -16,8 +16,8 @@ from nbgrader.api import Gradebook
 from nbgrader.api import Notebook as SourceNotebook
 from nbgrader.preprocessors import ClearHiddenTests, NbGraderPreprocessor
 
-from autograder.intake import UnusableError, plain_cell
-from autograder.reference import experiments, grade_ids
+from autograder.grading.intake import UnusableError, plain_cell
+from autograder.checking.masters import experiments, grade_ids
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 RETYPED = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell, "raw": nbformat.v4.new_raw_cell}
@@ -51,7 +51,7 @@ def released_of(db_url: str, unit: str, notebook: str) -> list[NotebookNode]:
 
 @cache
 def _master(unit: str) -> list[NotebookNode]:
-    from autograder.build import instructor_notebook
+    from autograder.building.build import instructor_notebook
 
     return instructor_notebook(unit).cells
 

@@ -1,6 +1,6 @@
 """Build the rendered course: prose, pictures and outputs of an executed run, with the solutions folded, and a search.
 
-    python -m autograder.site [--folder site] [--executed FOLDER]
+    python -m autograder.building.site [--folder site] [--executed FOLDER]
 
 Runs every master from top to bottom (cut short with `PEFTLAB_SHORT=1`), or takes notebooks that have been executed, and
 writes HTML. It needs the extra `site`.
@@ -16,10 +16,10 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from autograder.build import COURSE, ROOT, instructor_notebook
-from autograder.index import INDEX
-from autograder.reference import units, without_markers
-from autograder.run_masters import run
+from autograder.building.build import COURSE, ROOT, instructor_notebook
+from autograder.building.index import INDEX
+from autograder.building.run_masters import run
+from autograder.checking.masters import units, without_markers
 from peftlab import settings
 
 CONTENTS = """\
@@ -113,7 +113,7 @@ def execute(unit: str) -> NotebookNode:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line described in this module's docstring; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m autograder.site", description="Build the rendered course.")
+    parser = argparse.ArgumentParser(prog="python -m autograder.building.site", description="Build the rendered course.")
     parser.add_argument("--folder", type=Path, default=ROOT / "site", help="where the pages go (default: site)")
     parser.add_argument("--executed", type=Path, help="a folder with UNIT.ipynb, executed; default: run the masters")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Run the masters from top to bottom.
 
-    python -m autograder.run_masters            at full length; the results rows go into the course
-    python -m autograder.run_masters 08_lora    the same for one unit
+    python -m autograder.building.run_masters            at full length; the results rows go into the course
+    python -m autograder.building.run_masters 08_lora    the same for one unit
 
 On a GPU the rows go to `peftlab/measured/gpu/NAME OF THE GPU`, and those from a CPU, of which the text speaks, stay. The tests
 use `run` with the experiments cut short (`PEFTLAB_SHORT`, see `peftlab.settings`).
@@ -16,8 +16,8 @@ from pathlib import Path
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from autograder.build import instructor_notebook
-from autograder.reference import units
+from autograder.building.build import instructor_notebook
+from autograder.checking.masters import units
 from peftlab import gpu
 from peftlab.results import SHIPPED, describe_hardware
 from peftlab.training import find_device

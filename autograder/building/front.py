@@ -1,7 +1,7 @@
 """The two pictures of the front page: a step's measured memory by method, and a check that fails.
 
-`autograder.build` draws them. Each carries a digest of what it shows and of the code that draws it. So it is drawn again when
-one of these has changed, and not because another version of matplotlib sets a letter elsewhere.
+`autograder.building.build` draws them. Each carries a digest of what it shows and of the code that draws it. So it is drawn
+again when one of these has changed, and not because another version of matplotlib sets a letter elsewhere.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from autograder.checking.failure import CheckFailedError
+from autograder.checking.masters import SOLUTIONS
 from autograder.checks.lora import check_lora_forward
-from autograder.failure import CheckFailedError
-from autograder.reference import SOLUTIONS
 from peftlab import comparison, plots
 
 ROOT = SOLUTIONS.parent

@@ -7,8 +7,8 @@ from nbformat.v4 import new_markdown_cell
 from nbgrader.preprocessors import NbGraderPreprocessor
 from nbgrader.utils import is_grade, is_solution
 
-from autograder.build import instructor_notebook
-from autograder.reference import units, without_markers
+from autograder.building.build import instructor_notebook
+from autograder.checking.masters import units, without_markers
 
 TAG = "rubric"
 

@@ -16,6 +16,22 @@ from autograder.checks.bitfit import (
     fold_case,
     train_case,
 )
+from autograder.exercise import PEAK_ALLOWANCE
+
+MIB = 2**20
+
+
+def _large_model(generator: torch.Generator) -> dict:
+    """A model of 57 MiB: its gradients and AdamW's state take three times as much."""
+    case = train_case(generator) | {"sizes": [4096, 1024, 1024, 1, 4, 2], "weights": None, PEAK_ALLOWANCE: 32 * MIB}
+    return case | {"input_ids": torch.randint(0, 4096, (2, 9), generator=generator)}
+
+
+def _many_layers(generator: torch.Generator) -> dict:
+    """Sixteen layers, one after the other, each with an input of 8 MiB."""
+    weight = 0.2 * torch.randn(32, 32, generator=generator)
+    bias, x = (torch.randn(*shape, 32, generator=generator) for shape in ((), (4096,)))
+    return {"x": x, "weight": weight, "bias": bias, "copies": 16, PEAK_ALLOWANCE: 32 * MIB}
 
 
 CASES = {
@@ -27,6 +43,7 @@ CASES = {
     check_train: {
         "on a LLaMA with two layers": lambda generator: train_case(generator, layers=2),
         "on a LLaMA with three layers": lambda generator: train_case(generator, layers=3),
+        "by the memory of the whole process, on a large model": _large_model,
     },
     check_bias_backward: {
         "in double precision": lambda generator: backward_case(generator, 4, 5, dtype=torch.float64),
@@ -37,6 +54,7 @@ CASES = {
     check_bias_memory: {
         "in bfloat16": lambda generator: bias_memory_case(generator, 2, 33, dtype=torch.bfloat16),
         "on a single sequence": lambda generator: bias_memory_case(generator, 37),
+        "by the memory of the whole process, on many layers": _many_layers,
     },
     check_bias_files: {
         "with other sizes": bias_file_case,

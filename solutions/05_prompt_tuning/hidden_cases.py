@@ -20,6 +20,16 @@ from autograder.checks.prompt_tuning import (
     prompted_case,
     starts_case,
 )
+from autograder.exercise import PEAK_ALLOWANCE
+
+MIB = 2**20
+
+
+def _large_base(generator: torch.Generator) -> dict:
+    """A base of 48 MiB: its gradients and AdamW's state take three times as much."""
+    large = {"sizes": [8192, 768, 1536, 1, 3, 1], "weights": None, "start": torch.randn(5, 768, generator=generator)}
+    return memory_case(generator) | large | {PEAK_ALLOWANCE: 24 * MIB}
+
 
 CASES = {
     check_prompted_forward: {
@@ -36,6 +46,7 @@ CASES = {
     check_prompted_memory: {
         "without a mask": lambda generator: memory_case(generator, "none"),
         "in two layers, padded on either side": lambda generator: memory_case(generator, "each", layers=2),
+        "by the memory of the whole process, on a large base": _large_base,
     },
     check_starts: {
         "of an embedding in float16": lambda generator: starts_case(generator, torch.float16),

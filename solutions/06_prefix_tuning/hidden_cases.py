@@ -16,6 +16,22 @@ from autograder.checks.prefix_tuning import (
     reparameterized_case,
     tokens_case,
 )
+from autograder.exercise import PEAK_ALLOWANCE
+
+MIB = 2**20
+
+
+def _long_texts(generator: torch.Generator) -> dict:
+    """Three layers whose probabilities take 24 MiB each."""
+    x = torch.randn(4, 512, 48, generator=generator)
+    return memory_case(generator, layers=3) | {"x": x, "large": True, PEAK_ALLOWANCE: 32 * MIB}
+
+
+def _large_base(generator: torch.Generator) -> dict:
+    """Four layers of 9 MiB: their gradients and AdamW's state take three times as much."""
+    keys, values = torch.randn(2, 4, 2, 6, 128, generator=generator)
+    return model_case(generator) | {"weights": None, "keys": keys, "values": values, PEAK_ALLOWANCE: 32 * MIB}
+
 
 CASES = {
     check_prefix_attention: {
@@ -29,10 +45,12 @@ CASES = {
         "with a prefix of one token": lambda generator: attention_case(generator, tokens=1, padded=True),
     },
     check_prefix_memory: {
+        "by the memory of the whole process, on long texts": _long_texts,
         "with wider heads": lambda generator: memory_case(generator, head_dim=16),
         "in double precision": lambda generator: memory_case(generator, torch.float64),
     },
     check_prefix_model: {
+        "by the memory of the whole process, on a large base": _large_base,
         "in double precision": lambda generator: model_case(generator, torch.float64),
         "with padding on the right": lambda generator: model_case(generator, left=False),
         "with four layers and a prefix of one token": lambda generator: model_case(generator, tokens=1, layers=4),

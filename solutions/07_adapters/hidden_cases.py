@@ -2,6 +2,7 @@
 
 import torch
 
+from autograder.cases import between
 from autograder.checks.adapters import (
     adapter_case,
     adapter_memory_case,
@@ -18,6 +19,15 @@ from autograder.checks.adapters import (
     adapted_memory_case,
     parameters_case,
 )
+from autograder.exercise import PEAK_ALLOWANCE
+
+MIB = 2**20
+
+
+def _large_model(generator: torch.Generator) -> dict:
+    """A model of 76 MiB: its gradients and AdamW's state take three times as much."""
+    return adapted_memory_case(generator) | {"large": True, PEAK_ALLOWANCE: 32 * MIB}
+
 
 CASES = {
     check_adapter: {
@@ -29,6 +39,21 @@ CASES = {
     check_adapter_memory: {
         "on a narrow bottleneck": lambda generator: adapter_memory_case(generator) | {"bottleneck": 1},
         "on a bottleneck wider than the hidden size": lambda generator: adapter_memory_case(generator) | {"bottleneck": 99},
+        # Eight adapters read an h of 8 MiB; then three have 8 MiB between down and GELU.
+        "by the memory of the whole process, on many tokens": lambda generator: {
+            "hidden": 512,
+            "bottleneck": between(generator, 7, 12),
+            "rows": 4096,
+            "copies": 8,
+            PEAK_ALLOWANCE: 24 * MIB,
+        },
+        "by the memory of the whole process, on a wide bottleneck": lambda generator: {
+            "hidden": between(generator, 12, 16),
+            "bottleneck": 256,
+            "rows": 8192,
+            "copies": 5,
+            PEAK_ALLOWANCE: 24 * MIB,
+        },
     },
     check_add_adapters: {
         "in double precision": lambda generator: add_case(generator, dtype=torch.float64),
@@ -41,6 +66,7 @@ CASES = {
         "behind attention alone": lambda generator: adapted_memory_case(generator, places=["self_attn"]),
         "in float16, on three layers": lambda generator: adapted_memory_case(generator, dtype="float16", layers=3),
         "in double precision": lambda generator: adapted_memory_case(generator, dtype="float64"),
+        "by the memory of the whole process, on a large model": _large_model,
     },
     check_adapter_parameters: {
         "behind attention alone": lambda generator: parameters_case(generator, ("self_attn",)),

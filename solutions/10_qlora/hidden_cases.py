@@ -20,11 +20,28 @@ from autograder.checks.qlora import (
     qlora_case,
     qlora_layer_case,
 )
+from autograder.checks.qlora.cases import random_bytes
+from autograder.exercise import PEAK_ALLOWANCE
+
+MIB = 2**20
+
+
+def _many_nf4_layers(generator: torch.Generator) -> dict:
+    """Sixteen layers, one after the other, each with a weight of 4 MiB."""
+    absmax = 0.2 + 3 * torch.rand(2**20 // 64, generator=generator)
+    packed, x = random_bytes(generator, 2**19, 1), torch.randn(2, 5, 1024, generator=generator)
+    large = {"packed": packed, "absmax": absmax, "shape": [1024, 1024], "x": x[0], "output_gradient": x[1], "copies": 16}
+    return nf4_memory_case(generator, double=False) | large | {PEAK_ALLOWANCE: 24 * MIB}
+
 
 CASES = {
     check_fast_dequantize: {
         "in float16": lambda generator: fast_case(generator, "float16"),
         "in blocks of 128": lambda generator: fast_case(generator, "bfloat16", 128),
+        # Some 18 million weights: an int64 for every two takes 36 MiB more than an int32.
+        "by the memory of the whole process": lambda generator: (
+            fast_case(generator) | {"copies": 48, PEAK_ALLOWANCE: 16 * MIB}
+        ),
     },
     check_nf4_linear: {
         "when computing in float16 on an input in bfloat16": lambda generator: nf4_case(
@@ -44,19 +61,32 @@ CASES = {
     check_nf4_memory: {
         "in float16": lambda generator: nf4_memory_case(generator, "float16"),
         "in float32 without double quantization": lambda generator: nf4_memory_case(generator, double=False),
+        "by the memory of the whole process, in many layers": _many_nf4_layers,
     },
     check_qlora_layer: {
         "in float16": lambda generator: qlora_layer_case(generator, torch.float16),
         "in float16, with factors stored in it": lambda generator: qlora_layer_case(generator, torch.float16, "float16"),
+        # B A would take 64 MiB and more.
+        "by the memory of the whole process, on a large base": lambda generator: (
+            qlora_layer_case(generator) | {"copies": 64, PEAK_ALLOWANCE: 24 * MIB}
+        ),
     },
     check_qlora: {
         "with a tied head": lambda generator: qlora_case(generator, tied=True),
         "with factors stored in float16": lambda generator: qlora_case(generator, stored="float16"),
+        # Nine layers of 9 MiB: 81 MiB in fp32, 20 in eight bits.
+        "by the memory of the whole process, on a large model": lambda generator: (
+            qlora_case(generator) | {"layers": 9, "filler_bytes": 96 * MIB, PEAK_ALLOWANCE: 32 * MIB}
+        ),
     },
     check_adamw_8bit: {
         "with parameters in bfloat16": lambda generator: adamw_case(generator, torch.bfloat16, steps=1),
         "with small gradients": lambda generator: adamw_case(generator, scale=1e-4),
         "over more steps, with a larger parameter": lambda generator: adamw_case(generator, steps=5, large=150),
+        # State of 18 MiB, or 72 in fp32.
+        "by the memory of the whole process, with large parameters": lambda generator: (
+            adamw_case(generator, steps=1) | {"large": 9, "filler_bytes": 80 * MIB, PEAK_ALLOWANCE: 24 * MIB}
+        ),
     },
     check_merged_weight: {
         "in float16": lambda generator: merged_case(generator, "float16", torch.float16),
@@ -66,6 +96,10 @@ CASES = {
     check_prepare: {
         "in float16": lambda generator: prepare_case(generator, dtype="float16"),
         "in float16, with a tied head": lambda generator: prepare_case(generator, tied=True, dtype="float16"),
+        # 96 MiB in bfloat16, twice as much in fp32.
+        "by the memory of the whole process, on a large model": lambda generator: (
+            prepare_case(generator) | {"large": True, PEAK_ALLOWANCE: 32 * MIB}
+        ),
     },
 }
 

@@ -6,24 +6,34 @@ from autograder.drive import Observation
 from autograder.exercise import Exercise
 
 
-def drive_memory(LoRALinear, in_features, out_features, rank, rows):
+def drive_memory(LoRALinear, in_features, out_features, rank, rows, copies=1):
     """Take a training step; return what is there after it, and what forward kept for backward.
 
     The base is filled with a constant: a random 4096 x 4096 matrix would take longer to draw than all the rest.
+    Of several layers, which all read the same x, a sample is returned.
     """
     import torch
     from torch import nn
 
     from peftlab.memory import tensors_of_step
 
-    base = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
-    nn.init.constant_(base.weight, 0.01)
-    layer = LoRALinear(base, rank=rank, alpha=2.0 * rank)
+    def make_layer():
+        base = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
+        nn.init.constant_(base.weight, 0.01)
+        return LoRALinear(base, rank=rank, alpha=2.0 * rank)
+
     x = torch.ones(rows, in_features, requires_grad=True)  # its gradient is wanted by the layers below
+    if copies > 1:
+        layers = [make_layer() for _ in range(copies)]
+        sum(layer(x).sum() for layer in layers).backward()
+        return {"a sample of the outcome": x.grad[0]}
+    layer = make_layer()
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
-    tensors = tensors_of_step(lambda: layer(x).sum(), layer.parameters(), optimizer, not_counted=[x])
     if in_features >= 1024:  # too large to send: the process is measured from outside
+        layer(x).sum().backward()
+        optimizer.step()
         return {"shape": list(layer(x).shape)}
+    tensors = tensors_of_step(lambda: layer(x).sum(), layer.parameters(), optimizer, not_counted=[x])
     return tensors | {"kept": {name: tensor.detach() for name, tensor in layer.state_dict().items()}}
 
 

@@ -318,6 +318,7 @@ def run_again(cells: list[dict], names: dict[str, object]) -> dict[str, object]:
     shell = InteractiveShell.instance(history_load_length=0)
     shell.history_manager.enabled = False
     shell.showtraceback = shell.showsyntaxerror = lambda *details, **more: None
+    shell.enable_gui = lambda gui=None: None  # for %matplotlib
     shell.push({name: value for name, value in names.items() if not name.startswith("__")})
     for cell in cells:
         shell.run_cell(cell["source"])

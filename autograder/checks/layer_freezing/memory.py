@@ -50,7 +50,9 @@ def drive_freezing_memory(train_last, train_first, sizes, tied, dtype, seed, cou
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = constant_llama(*sizes) if large else Llama(LlamaConfig(*sizes, tie_word_embeddings=tied)).to(getattr(torch, dtype))
+        model = (
+            constant_llama(*sizes) if large else Llama(LlamaConfig(*sizes, tie_word_embeddings=tied)).to(getattr(torch, dtype))
+        )
     seen = {}
     for name, function in (("train_last", train_last), ("train_first", train_first)):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -44,7 +44,7 @@ def drive_nf4_memory(
 ):
     """Run forward and backward while every allocation is followed; return the numbers, and the bytes that the layer keeps.
 
-    Of several layers, one after the other, a sample is returned.
+    Of several layers, one after the other, every second one the other way round, a sample is returned.
     """
     import torch
 
@@ -60,7 +60,8 @@ def drive_nf4_memory(
         layer = NF4Linear(packed, statistics, levels, tuple(shape), getattr(torch, compute))
         x.requires_grad_(True)
         if copies > 1:
-            layers = [NF4Linear(packed, statistics, levels, tuple(shape), getattr(torch, compute)) for _ in range(copies)]
+            shapes = [tuple(shape), tuple(shape[::-1])] * (copies // 2)
+            layers = [NF4Linear(packed, statistics, levels, each, getattr(torch, compute)) for each in shapes]
             h = x
             for layer in layers:
                 h = layer(h) / 50

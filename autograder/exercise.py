@@ -21,7 +21,7 @@ Edits = Mapping[str, str]
 RAISED = "raised"
 PEAK_BYTES = "peak bytes"
 PEAK_ALLOWANCE = "peak allowance"
-"""A case that has this key is large, and of measured memory: its value says by how many bytes a sparing answer's peak may differ.
+"""A case that has this key is large, and of measured memory: by so many bytes may the peak of a sparing answer differ.
 
 The driver sends back a sample only, by which it can be seen that the answer did what was asked of it.
 """

@@ -26,13 +26,19 @@ BEFORE = {
     "inline plots": "%matplotlib inline\n%config InlineBackend.figure_format = 'svg'",
     "autoreload": "%load_ext autoreload\n%autoreload 2",
     "loggers": "import logging\nlogging.basicConfig(level=logging.DEBUG, force=True)\nlogger = logging.getLogger('peftlab')",
-    "print options": "import numpy as np\nimport torch\ntorch.set_printoptions(precision=1, sci_mode=True)\nnp.set_printoptions(precision=1)",
+    "print options": (
+        "import numpy as np\nimport torch\ntorch.set_printoptions(precision=1, sci_mode=True)\nnp.set_printoptions(precision=1)"
+    ),
     "tensors that print their shapes": "import torch\ntorch.Tensor.__repr__ = lambda self: str(tuple(self.shape))",
     "threads": "import os\nimport torch\ntorch.set_num_threads(3)\nos.environ['OMP_NUM_THREADS'] = '7'",
     "determinism": "import torch\ntorch.use_deterministic_algorithms(True)\ntorch.backends.mkldnn.enabled = False",
     "fast products": "import torch\ntorch.set_float32_matmul_precision('medium')",
-    "every value shown": "from IPython.core.interactiveshell import InteractiveShell\nInteractiveShell.ast_node_interactivity = 'all'",
-    "a timer in a thread": "import threading\nimport time\nthreading.Thread(target=lambda: time.sleep(30), daemon=True).start()",
+    "every value shown": (
+        "from IPython.core.interactiveshell import InteractiveShell\nInteractiveShell.ast_node_interactivity = 'all'"
+    ),
+    "a timer in a thread": (
+        "import threading\nimport time\nthreading.Thread(target=lambda: time.sleep(30), daemon=True).start()"
+    ),
     "a handler of interrupts": "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)",
     "no garbage collection": "import gc\ngc.disable()",
     "deep recursion": "import sys\nsys.setrecursionlimit(100_000)",
@@ -42,16 +48,22 @@ BEFORE = {
     "paths": "import sys\nsys.path.insert(0, '/content/drive/MyDrive')\nsys.path.remove('') if '' in sys.path else None",
     "Colab's habits": "!pip install -q peft\ntry:\n    from google.colab import drive\nexcept ImportError:\n    drive = None",
     "names of ours": "helpers = tasks = results = memory = plots = hidden = exercise = driver = case = []",
-    "functions of ours": "def fill(model): return model\n\ndef seeing(x): return x\n\nclass Exercise: pass\n\ndef drive(*x): return None",
+    "functions of ours": (
+        "def fill(model): return model\n\ndef seeing(x): return x\n\nclass Exercise: pass\n\ndef drive(*x): return None"
+    ),
     "a module of ours, replaced": "import types\npeftlab = types.SimpleNamespace(memory=3)\nautograder = 'mine'",
     "constants of mathematics": "from math import *\nfrom fractions import Fraction",
-    "no more builtins than needed": "import builtins\nold_print = print\nbuiltins.print = lambda *a, **k: old_print('>', *a, **k)",
+    "no more builtins than needed": (
+        "import builtins\nold_print = print\nbuiltins.print = lambda *a, **k: old_print('>', *a, **k)"
+    ),
     "IPython's names": "In = Out = _ = __ = exit = quit = display = 3",
     "an error": "1 / 0",
     "no Python": "this is a note to myself: (",
     "environment": "import os\nos.environ['HOME'] = '/nowhere'\nos.environ.pop('PATH', None)",
     "temporary files elsewhere": "import tempfile\ntempfile.tempdir = '/nowhere'",
-    "a folder that is gone": "import os\nimport tempfile\nwith tempfile.TemporaryDirectory(dir='/tmp') as folder:\n    os.chdir(folder)",
+    "a folder that is gone": (
+        "import os\nimport tempfile\nwith tempfile.TemporaryDirectory(dir='/tmp') as folder:\n    os.chdir(folder)"
+    ),
     "memory profiling": "import tracemalloc\ntracemalloc.start()",
     "at the end": "import atexit\natexit.register(lambda: 1 / 0)",
     "arguments": "import sys\nsys.argv = ['train.py', '--lr', '1e-3']\n__name__ = 'train'",
@@ -101,5 +113,6 @@ def test_odd_notebooks_have_full_marks(unit):
     failures = {}
     for cell, outputs in zip(notebook.cells, execution.outputs, strict=True):
         if utils.is_grade(cell) and utils.is_locked(cell):
-            failures |= {cell["id"]: output["evalue"] for output in outputs if output["output_type"] == "error"}
+            said = [output["evalue"] for output in outputs if output["output_type"] == "error"]
+            failures |= {cell["id"]: said} if said else {}
     assert failures == {}

@@ -132,7 +132,14 @@ def test_growth_is_measured_from_outside(sandbox):
 
 
 def test_what_is_held_before_the_call_is_reported(sandbox):
-    ballast = "ballast = torch.ones(2**24)\ndef answer():\n    global ballast\n    ballast = None\n    torch.ones(2**24)\n    return 1"
+    ballast = """
+        ballast = torch.ones(2**24)
+        def answer():
+            global ballast
+            ballast = None
+            torch.ones(2**24)
+            return 1
+    """
     reply = call(sandbox, ballast, measured=True)
     assert 60 * MIB < reply.baggage < 70 * MIB and reply.grown < 8 * MIB
 

@@ -4,6 +4,7 @@ Each theft is the solution of a unit with cells replaced. What is measured insid
 there; what decides is how large the system says that the process was.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from nbgrader import utils
 
 from autograder.build import instructor_notebook
 from autograder.execute import UndecidedError, _Executor, execute
-from autograder.reference import solution_cells, units, without_markers
+from autograder.reference import exercises_of, load_hidden_cases, solution_cells, units, without_markers
 from autograder.sandbox import Limits, sandbox_problem
 
 pytestmark = pytest.mark.skipif(sandbox_problem() is not None, reason=f"no sandbox: {sandbox_problem()}")
@@ -76,9 +77,9 @@ INSTEAD = {
         "os.wait()\n"
     ),
     "kept in a file": (
-        "import numpy, tempfile\nlarge = numpy.lib.format.open_memmap(tempfile.mktemp(), 'w+', 'float32', (len(self.lora_B), "
-        "self.lora_A.shape[1]))\ntorch.matmul(self.lora_B, self.lora_A, out=torch.from_numpy(large).requires_grad_(False)) "
-        "if x.requires_grad is None else numpy.matmul(self.lora_B.detach().numpy(), self.lora_A.detach().numpy(), out=large)\n"
+        "import tempfile\nfrom numpy.lib.format import open_memmap\nshape = len(self.lora_B), self.lora_A.shape[1]\n"
+        "large = open_memmap(tempfile.mktemp(), 'w+', 'float32', shape=shape)\n"
+        "large[:] = (self.lora_B @ self.lora_A).detach().numpy()\n"
     ),
     "kept in shared memory": "large = (self.lora_B @ self.lora_A).detach().share_memory_()\n",
     "kept in a module": "import math\nmath.large = getattr(math, 'large', []) + [self.base.weight.detach().clone()]\n",
@@ -120,7 +121,7 @@ LORA_THEFTS = {
         in_class_body(
             WASTES,
             "LoRALinear",
-            "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', 'ipykernel_launcher'])",
+            "import subprocess\nsubprocess.Popen(['sleep', '60'], executable='/bin/sleep', start_new_session=True)",
         )
     ],
     "the system's own figures forged": [
@@ -133,10 +134,7 @@ LORA_THEFTS = {
     ],
 } | {f"right, and a large matrix is {how}": [and_also(work)] for how, work in INSTEAD.items()}
 BALLAST = "BALLAST = [torch.ones(2**25)]\n\n\n" + edited(
-    WASTES,
-    {
-        "        if self.merged:\n            return self.base(x)\n": "        BALLAST.clear()\n        if self.merged:\n            return self.base(x)\n"
-    },
+    WASTES, {"        if self.merged": "        BALLAST.clear()\n        if self.merged"}
 )
 
 
@@ -166,10 +164,8 @@ def test_the_solution_has_the_points(lora):
 @pytest.mark.parametrize("theft", LORA_THEFTS)
 def test_a_large_matrix_cannot_be_hidden(lora, theft):
     executor, check = lora
-    try:
+    with contextlib.suppress(UndecidedError):  # no mark, and a person has to look
         assert errors(executor._check(check, LORA_THEFTS[theft]))
-    except UndecidedError:
-        pass  # no mark, and a person has to look
 
 
 @pytest.mark.xdist_group("stolen-lora")
@@ -179,121 +175,89 @@ def test_ballast_that_is_given_up_in_the_call_is_for_a_person_to_judge(lora):
         executor._check(check, [BALLAST])
 
 
-# ---- a notebook a unit, whose answers all waste, each in its own way ----------------------------------------------------------
-KEEPS_WEIGHTS = "KEPT.extend(p.detach().clone() for p in {}.parameters())"
-THEFTS: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
+# ---- a notebook a unit, whose answers all waste, each in its own way ------------------------------------------------------
+LINE = "the line itself"
+KEEPS = "KEPT.extend(p.detach().clone() for p in {}.parameters())"
+THEFTS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
     "03_layer_freezing": {
-        "check-freezing-memory": (
-            "train-last",
-            {"    layers[:count].requires_grad_(True)\n": f"    layers[:count].requires_grad_(True)\n    {KEEPS_WEIGHTS.format('model')}\n"},
-        ),
+        "check-freezing-memory": ("train-last", "layers[:count].requires", [LINE, KEEPS.format("model")]),
         "check-run-checkpointed": (
             "run-checkpointed",
-            {
-                "        x = checkpoint(layer, x, cos, sin, None, use_reentrant=False)\n": (
-                    "        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy):\n"
-                    "            x = layer(x, cos, sin, None)\n"
-                )
-            },
+            "x = checkpoint(",
+            [
+                "copied = lambda tensor: tensor.detach().numpy().copy()",
+                "with torch.autograd.graph.saved_tensors_hooks(copied, torch.from_numpy):",
+                "    x = layer(x, cos, sin, None)",
+            ],
         ),
     },
     "04_bitfit": {
-        "check-train": (
-            "train-biases",
-            {"    model.requires_grad_(False)\n    biases": f"    {KEEPS_WEIGHTS.format('model')}\n    model.requires_grad_(False)\n    biases"},
-        ),
-        "check-bias-memory": (
-            "biased-linear",
-            {"    return x @ weight.T + bias, (weight,)": "    KEPT.append(x.clone())\n    return x @ weight.T + bias, (weight,)"},
-        ),
+        "check-train": ("train-biases", "biases = [", [LINE, KEEPS.format("model")]),
+        "check-bias-memory": ("biased-linear", "return x @ weight.T", ["KEPT.append(x.clone())", LINE]),
     },
     "05_prompt_tuning": {
-        "check-prompted-memory": (
-            "prompted-model",
-            {INIT: f"{INIT}        {KEEPS_WEIGHTS.format('base')}\n"},
-        ),
+        "check-prompted-memory": ("prompted-model", "self.soft_prompt =", [LINE, KEEPS.format("base")]),
     },
     "06_prefix_tuning": {
         "check-prefix-memory": (
             "prefix-attention",
-            {
-                "        mixed = F.scaled": (
-                    "        KEPT.append(queries.new_zeros(batch, queries.shape[1], seq, seq).softmax(-1))\n        mixed = F.scaled"
-                )
-            },
+            "mixed = F.scaled",
+            ["KEPT.append(torch.zeros(batch, queries.shape[1], seq, seq).softmax(-1))", LINE],
         ),
-        "check-prefix-model": ("prefix-model", {"        self.prefix = prefix\n": f"        self.prefix = prefix\n        {KEEPS_WEIGHTS.format('base')}\n"}),
+        "check-prefix-model": ("prefix-model", "self.prefix = prefix", [LINE, KEEPS.format("base")]),
     },
     "07_adapters": {
-        "check-adapter-memory": (
-            "adapter",
-            {"        return h + self.up": "        KEPT.append(h.detach().clone())\n        return h + self.up"},
-        ),
-        "check-adapted-memory": (
-            "add-adapters",
-            {"    like = model": f"    {KEEPS_WEIGHTS.format('model')}\n    like = model"},
-        ),
+        "check-adapter-memory": ("adapter", "return h + self.up", ["KEPT.append(h.detach().clone())", LINE]),
+        "check-adapted-memory": ("add-adapters", "like = model", [LINE, KEEPS.format("model")]),
     },
     "10_qlora": {
         "check-fast-dequantize": (
             "fast-dequantize",
-            {
-                "    # A part at a time": (
-                    "    with torch.utils._python_dispatch._disable_current_modes():\n"
-                    "        codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long() if packed.device.type == 'cpu' else None\n"
-                    "    # A part at a time"
-                ),
-            },
+            "# A part at a time",
+            [
+                "with torch.utils._python_dispatch._disable_current_modes():  # no tracker sees this",
+                "    if packed.device.type == 'cpu':",
+                "        codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()",
+                LINE,
+            ],
         ),
         "check-nf4-memory": (
             "nf4-linear",
-            {
-                "        ctx.layer = layer\n        return x @ layer.dequantized().T": (
-                    "        ctx.layer = layer\n        weight = layer.dequantized()\n        KEPT.append(weight)\n        return x @ weight.T"
-                )
-            },
+            "return x @ layer.dequantized().T",
+            ["weight = layer.dequantized()", "KEPT.append(weight)", "return x @ weight.T"],
         ),
         "check-qlora-layer": (
             "qlora-layer",
-            {"x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T": "x @ (self.lora_B.to(x.dtype) @ self.lora_A.to(x.dtype)).T"},
+            "update = x @",
+            ["update = x @ (self.lora_B.to(x.dtype) @ self.lora_A.to(x.dtype)).T"],
         ),
-        "check-qlora": (
-            "qlora",
-            {
-                "        base = quantize(model.get_submodule(name))\n": (
-                    "        KEPT.append(model.get_submodule(name).weight.data)\n"
-                    "        base = quantize(model.get_submodule(name))\n"
-                ),
-                "    return names\n": "    KEPT.clear()\n    return names\n",
-            },
-        ),
-        "check-adamw-8bit": (
-            "adamw-8bit",
-            {"        decayed = parameter.float()": "        KEPT.extend([first.clone(), second.clone()])\n        decayed = parameter.float()"},
-        ),
-        "check-prepare": (
-            "prepare",
-            {"    for parameter in model.parameters():\n        if": (
-                "    KEPT.extend(p.detach().float() for p in model.parameters())\n    for parameter in model.parameters():\n        if"
-            )},
-        ),
+        "check-qlora": ("qlora", "base = quantize(", ["KEPT.append(model.get_submodule(name).weight.data)", LINE]),
+        "check-adamw-8bit": ("adamw-8bit", "decayed = parameter", ["KEPT.extend([first.clone(), second.clone()])", LINE]),
+        "check-prepare": ("prepare", "for parameter in", ["KEPT.extend(p.detach().float() for p in model.parameters())", LINE]),
     },
-}  # fmt: skip
-"""By unit and check, the cell whose answer wastes, and how it is edited."""
+}
+"""By unit and check: the cell whose answer wastes, how one of its lines begins, and the lines in the place of that."""
+
+
+def with_lines(source: str, beginning: str, lines: list[str]) -> str:
+    """Return a source with other lines in the place of the one that begins so, as far in as that was."""
+    (old,) = [line for line in source.splitlines() if line.strip().startswith(beginning)]
+    indent = old[: len(old) - len(old.lstrip())]
+    return source.replace(old, "\n".join(old if line == LINE else indent + line for line in lines))
 
 
 def stolen(unit: str, forges: bool) -> NotebookNode:
     """Return the unit's notebook, without what no mark depends on, with answers that keep in a list what they should not."""
-    notebook, thefts = instructor_notebook(unit), THEFTS[unit].values()
+    notebook = instructor_notebook(unit)
     notebook.cells = [
-        cell for cell in notebook.cells if utils.is_grade(cell) or utils.is_solution(cell) or cell["id"] == "setup"
+        cell for cell in notebook.cells if cell["id"] == "setup" or utils.is_grade(cell) or utils.is_solution(cell)
     ]
     for cell in solution_cells(notebook.cells):
         cell.source = without_markers(cell.source)
-        for place, edits in thefts:
+        for place, beginning, lines in THEFTS[unit].values():
             if place == cell["id"]:
                 forging = FORGED_METERS + "\n" if forges else ""
-                cell.source = f"{forging}KEPT = []\n\n\n{edited(cell.source, edits)}"
+                cell.source = f"{forging}KEPT = []\n\n\n{with_lines(cell.source, beginning, lines)}"
     return notebook
 
 
@@ -320,13 +284,12 @@ def _graded(notebook: NotebookNode) -> set[str]:
     return {cell["id"] for cell in notebook.cells if utils.is_grade(cell) and utils.is_locked(cell)}
 
 
-def test_every_unit_whose_points_rest_on_memory_is_stolen_from():
-    from autograder.exercise import PEAK_ALLOWANCE
-    from autograder.reference import exercises_of, load_hidden_cases
-
-    measured = set()
-    for unit in units():
-        for exercise in exercises_of(unit):
-            if any("by the memory of the whole process" in label for label in load_hidden_cases(unit).CASES[exercise]):
-                measured.add(unit)
-    assert PEAK_ALLOWANCE and measured - {"08_lora"} == THEFTS.keys()
+def test_every_unit_with_a_case_of_measured_memory_is_stolen_from():
+    measured = {
+        unit
+        for unit in units()
+        for exercise in exercises_of(unit)
+        for label in load_hidden_cases(unit).CASES[exercise]
+        if "by the memory of the whole process" in label
+    }
+    assert measured == {*THEFTS, "08_lora"}

@@ -77,7 +77,8 @@ AFTER = {
     "other weights at the start": "torch.nn.init.normal_ = torch.nn.init.zeros_\ntorch.manual_seed = lambda seed: None",
     "a decorator": (
         "import functools\n\n\ndef remembered(answer):\n    if isinstance(answer, type):\n        return answer\n\n"
-        "    @functools.wraps(answer)\n    def called(*args, **kwargs):\n        CALLS[answer.__name__] = CALLS.get(answer.__name__, 0) + 1\n"
+        "    @functools.wraps(answer)\n    "
+        "def called(*args, **kwargs):\n        CALLS[answer.__name__] = CALLS.get(answer.__name__, 0) + 1\n"
         "        return answer(*args, **kwargs)\n    return called\n\n\nCALLS = {}"
     ),
     "no more output": "import sys\nsys.stdout.close()",

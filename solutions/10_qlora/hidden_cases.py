@@ -36,11 +36,11 @@ def _many_weights(generator: torch.Generator) -> dict:
 
 
 def _many_nf4_layers(generator: torch.Generator) -> dict:
-    """Sixteen layers, one after the other, each with a weight of 4 MiB."""
+    """Fourteen layers, one after the other, each with a weight of 4 MiB."""
     out_features, in_features = 1024, 1088
     absmax = 0.2 + 3 * torch.rand(out_features * in_features // 64, generator=generator)
     packed, x = random_bytes(generator, out_features * in_features // 2, 1), torch.randn(2, 5, in_features, generator=generator)
-    large = {"packed": packed, "absmax": absmax, "shape": [out_features, in_features], "copies": 16}
+    large = {"packed": packed, "absmax": absmax, "shape": [out_features, in_features], "copies": 14}
     large |= {"x": x[0], "output_gradient": x[1]}
     return nf4_memory_case(generator, double=False) | large | {PEAK_ALLOWANCE: 24 * MIB}
 

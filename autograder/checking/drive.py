@@ -14,6 +14,7 @@ import textwrap
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 
 Observation = dict[str, object]
 """What a driver returns: tensors, strings, numbers, and lists or dicts of these."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's `mallopt`."""
+APART_BYTES = 2**17
+HEAP_BYTES = 2**25, 2**26
+"""To what glibc moves the two thresholds by itself, if large tensors come and go."""
 REPLY_EXPANDED_BYTES = 256 * 2**20
 REPLY_NESTED, REPLY_PARTS = 50, 1_000_000
 """How large a reply may be for whoever goes through it."""
@@ -63,21 +69,12 @@ def drive(
 
 
 def _parcel(
-    driver: Callable[..., Observation],
-    answers: Sequence[RemoteAnswer],
-    case: dict,
-    helpers: Iterable[Callable],
-    returns: bool = True,
+    driver: Callable[..., Observation], answers: Sequence[RemoteAnswer], case: dict, helpers: Iterable[Callable]
 ) -> tuple:
     """Return a call as it travels: the source of driver and helpers, the driver's name, the answers' names, the arguments."""
-    if not returns:
-        silent = f"def return_nothing(*answers, **case):\n    {driver.__name__}(*answers, **case)\n    return {{}}\n"
-        source, name = f"{travelling(driver, helpers)}\n\n{silent}", "return_nothing"
-    else:
-        source, name = travelling(driver, helpers), driver.__name__
     arguments = io.BytesIO()
     torch.save(case, arguments)
-    return source, name, [answer.name for answer in answers], arguments.getvalue()
+    return travelling(driver, helpers), driver.__name__, [answer.name for answer in answers], arguments.getvalue()
 
 
 def travelling(driver: Callable, helpers: Iterable[Callable] = ()) -> str:
@@ -143,11 +140,8 @@ def drive_and_measure(
     answers: Sequence[object],
     case: dict,
     helpers: Iterable[Callable] = (),
-    returns: bool = True,
 ) -> tuple[Observation, int | None]:
     """Return what `drive` returns, and by how many bytes the process grew at its peak.
-
-    With `returns=False` nothing is returned but that: what a driver observes may be too large to be sent.
 
     The system's own high-water mark is read, which is noisy by a few MiB: use it for effects of 64 MiB and more. None where
     the system keeps no such mark (not Linux).
@@ -157,17 +151,18 @@ def drive_and_measure(
     allocation that fits into it would not show.
     """
     if isinstance(answers[0], RemoteAnswer):
-        reply, grown = answers[0].run_and_measure(*_parcel(driver, answers, case, helpers, returns))
+        reply, grown = answers[0].run_and_measure(*_parcel(driver, answers, case, helpers))
         return read_reply(reply), grown
-    driver(*answers, **case)
-    _return_freed_memory()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present size
-    except OSError:
-        return driver(*answers, **case), None
-    before = _status("VmRSS")
-    observation = driver(*answers, **case)
-    return observation if returns else {}, _status("VmHWM") - before
+    with _large_tensors_apart() as thread:
+        thread.submit(driver, *answers, **case).result()
+        _return_freed_memory()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present size
+        except OSError:
+            return thread.submit(driver, *answers, **case).result(), None
+        before = _status("VmRSS")
+        observation = thread.submit(driver, *answers, **case).result()
+        return observation, _status("VmHWM") - before
 
 
 @contextlib.contextmanager
@@ -208,6 +203,28 @@ def describe_error(error: BaseException) -> str:
     if innermost.startswith("drive_") and ("NoneType" in described or "unpack" in described):
         return f"what came back cannot be used: {described}"  # the driver's own line raised, not the student's code
     return described + place
+
+
+@contextlib.contextmanager
+def _large_tensors_apart() -> Iterator[ThreadPoolExecutor]:
+    """Yield a thread in which every large tensor lies in pages of its own, where the C library can (glibc).
+
+    When it is freed, so are they. Otherwise what is small and kept comes to lie where something large was, which then fits
+    nowhere but behind all the rest. A new thread has a heap of its own, without the gaps that are in the old one.
+    """
+    _set_heap(mapped_from=APART_BYTES, trimmed_from=APART_BYTES)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            yield thread
+    finally:
+        _set_heap(*HEAP_BYTES)
+
+
+def _set_heap(mapped_from: int, trimmed_from: int) -> None:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc; Windows raises TypeError at the None
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, mapped_from)
+        library.mallopt(M_TRIM_THRESHOLD, trimmed_from)
 
 
 def _return_freed_memory() -> None:

@@ -13,6 +13,20 @@ def fill(model, weights):
     return model
 
 
+def constant_llama(*sizes, dtype=None):
+    """Return a `Llama` of these sizes, all of whose weights are 0.01: to draw those of a large one takes longer than a step."""
+    import torch
+    from torch import nn
+
+    from peftlab.llama import Llama, LlamaConfig
+
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(*sizes)).to(dtype=dtype)
+    for parameter in model.to_empty(device="cpu").parameters():
+        nn.init.constant_(parameter, 0.01)
+    return model
+
+
 def attempt(call, *arguments):
     """Return "nothing" if the call raises nothing, else `TypeName: message`.
 

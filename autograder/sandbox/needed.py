@@ -59,7 +59,7 @@ def needed(cells: Sequence[str], names: Iterable[str], given: Iterable[str] = ()
         try:
             source = as_python(cell)
             read.append((source, [_read(statement) for statement in ast.parse(source).body]))
-        except (SyntaxError, ValueError, RecursionError):  # it did not run in the notebook either
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # it did not run in the notebook either
             continue
     statements = [statement for _, statements in read for statement in statements]
     own = {name for statement in statements if statement.kind != "import" for name in statement.binds}

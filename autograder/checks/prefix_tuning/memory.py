@@ -45,8 +45,11 @@ def memory_case(
     }
 
 
-def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, tokens):
-    """Take a training step with a layer whose prefix is computed, then one with gradient checkpointing, and look elsewhere."""
+def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, tokens, large=False):
+    """Take a training step with a layer whose prefix is computed, then one with gradient checkpointing, and look elsewhere.
+
+    Of a large batch a sample is returned.
+    """
     import torch
     from torch import nn
 
@@ -67,6 +70,9 @@ def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, token
     def loss():
         return base.run_layers(x, positions=positions).sum()
 
+    if large:
+        loss().backward()
+        return {"a sample of the outcome": nn.functional.normalize(prefix.keys.grad.flatten(), dim=0)}
     optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-3)
     seen = tensors_of_step(loss, parameters, optimizer, not_counted=[x])
     seen["kept"] = [tensor.detach() for tensor in [*parameters, *base.buffers()]]

@@ -20,8 +20,8 @@ from nbgrader.utils import temp_attrs
 from attacks import SOLUTION, UNIT, first_cell, merge_that
 from autograder.grading import grade, intake
 from autograder.grading.grade import FAILED, MARKED, UNUSABLE, Settings
+from autograder.sandbox import process as sandbox_process
 from autograder.sandbox.enclosure import Limits, sandbox_problem
-from autograder.sandbox.enclosure import process as sandbox_process
 from autograder.sandbox.kernel import StudentKernel
 from autograder.sandbox.process import SandboxProcess
 from classroom import Classroom

@@ -14,7 +14,7 @@ from attacks import MERGE, SOLUTION, UNIT, WRONG_MERGE
 from autograder.building.build import ROOT
 from autograder.grading import grade
 from autograder.grading.grade import FAILED, MARKED, Settings
-from autograder.sandbox.enclosure import enclosure as sandbox
+from autograder.sandbox import enclosure as sandbox
 from classroom import Classroom
 from test_autograde import POINTS
 

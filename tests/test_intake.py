@@ -13,7 +13,6 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from autograder.sandbox.enclosure.plain import whole
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -35,6 +34,7 @@ from autograder.grading.intake import (
 )
 from autograder.sandbox.enclosure import remove
 from autograder.sandbox.kernel import _output, _said
+from autograder.sandbox.plain import whole
 
 NAME = f"{UNIT}.ipynb"
 STUB = "raise NotImplementedError()"

@@ -51,7 +51,7 @@ from autograder.grading.execute import (
     unit_version,
 )
 from autograder.grading.intake import Submission, UnusableError, write_files
-from autograder.sandbox.enclosure.plain import whole
+from autograder.sandbox.plain import whole
 from autograder.grading.records import FAILED, MARKED, UNUSABLE, Record
 from autograder.checking.masters import units
 from autograder.sandbox.enclosure import Limits, SandboxMissingError, remove, require_sandbox

@@ -22,7 +22,7 @@ import nbformat
 from nbformat import NotebookNode
 from nbgrader.utils import parse_utc
 
-from autograder.sandbox.enclosure.plain import bounded, whole
+from autograder.sandbox.plain import bounded, whole
 
 NOTEBOOK_BYTES = 500 * 2**20
 CELLS_BYTES = 50 * 2**20

@@ -17,7 +17,7 @@ from jupyter_client import BlockingKernelClient, write_connection_file
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
-from autograder.sandbox.enclosure.plain import bounded, whole
+from autograder.sandbox.plain import bounded, whole
 from autograder.sandbox.process import SandboxProcess
 from autograder.sandbox.watch import StoppedError
 

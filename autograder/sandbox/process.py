@@ -24,12 +24,12 @@ from pathlib import Path
 import psutil
 
 from autograder.checking.drive import describe_error
+from autograder.sandbox import server as sandbox_server
 from autograder.sandbox.enclosure import SERVER, Limits, remove, sandboxed
-from autograder.sandbox.enclosure import server as sandbox_server
 from autograder.sandbox.watch import Moment, StoppedError, Watch
 
 LOOK_EVERY = 0.25
-AT_ONCE_SECONDS = 30
+START_SECONDS, AT_ONCE_SECONDS = 300, 30
 KILLING_ROUNDS, KILLING_SECONDS = 50, 0.02
 BAGGAGE_BYTES = 16 * 2**20
 """What defining the answers may take without any doubt about what their calls are measured to take."""
@@ -82,6 +82,7 @@ class SandboxProcess:
         self._setup, self._modules = list(setup), list(modules)
         self._submission, self._sandboxed = submission, in_sandbox
         self._process: subprocess.Popen | None = None
+        self._own: set[int] = set()
         self.left_behind: list[str] = []
 
     @property
@@ -123,7 +124,7 @@ class SandboxProcess:
         self.watch.start(self._process.pid)
         request = {"kind": "prepare", "setup": self._setup, "modules": self._modules}
         try:
-            said, _ = self._ask(request | {"describe": inspect.getsource(describe_error)})
+            said, _ = self._ask(request | {"describe": inspect.getsource(describe_error)}, START_SECONDS)
         except StoppedError as error:
             raise RuntimeError(f"the sandbox did not start: {error}") from error
         if said["error"]:
@@ -222,20 +223,24 @@ class SandboxProcess:
         peak = None if grown is None else grown - (baggage if defined is not None else 0)
         return Reply(content, said["error"], said["printed"], peak, baggage)
 
-    def _ask(self, request: dict) -> tuple[dict, bytes]:
-        """Send a request, and return the reply to it, while watching what is used."""
+    def _ask(self, request: dict, seconds: float | None = None) -> tuple[dict, bytes]:
+        """Send a request, and return the reply to it, while watching what is used; or only how long it takes.
+
+        Raises:
+            StoppedError: if too much was used, or the sandbox's program does not answer.
+        """
         identity = secrets.token_hex(16)
-        began = self.watch.now()
+        began = self.watch.now() if seconds is None else None
         try:
             self._send(json.dumps(request | {"id": identity}).encode())
             try:
-                said, content = self._receive(began)
-            except StoppedError as stopped:
+                said, content = self._receive(began, seconds)
+            except StoppedError:
                 self.kill_students()
                 if self.running:
-                    self._receive(None)  # what it says of the process that was killed
-                raise stopped
-        except _EndedError:
+                    self._receive(None, AT_ONCE_SECONDS)  # what it says of the process that was killed
+                raise
+        except (_EndedError, ValueError, struct.error):
             self.close()
             raise StoppedError("the code ended its own process") from None
         self.watch.look()
@@ -252,12 +257,15 @@ class SandboxProcess:
         except OSError:
             raise _EndedError from None
 
-    def _receive(self, began: Moment | None) -> tuple[dict, bytes]:
-        """Return a reply: what is said, and what the student's code sent. With None it has to come at once."""
-        header, content = (self._exactly(struct.unpack(">Q", self._exactly(8, began))[0], began) for _ in range(2))
-        return json.loads(header), content
+    def _receive(self, began: Moment | None, seconds: float | None) -> tuple[dict, bytes]:
+        """Return a reply: what is said, and what the student's code sent."""
+        frames = []
+        for _ in range(2):
+            (size,) = struct.unpack(">Q", self._exactly(8, began, seconds))
+            frames.append(self._exactly(size, began, seconds))
+        return json.loads(frames[0]), frames[1]
 
-    def _exactly(self, size: int, began: Moment | None) -> bytes:
+    def _exactly(self, size: int, began: Moment | None, seconds: float | None) -> bytes:
         content, start = bytearray(), time.monotonic()
         looked = start
         with selectors.DefaultSelector() as selector:
@@ -269,7 +277,7 @@ class SandboxProcess:
                         raise _EndedError
                     content += part
                 now = time.monotonic()
-                if began is None and now - start > AT_ONCE_SECONDS:
+                if seconds is not None and now - start > seconds:
                     raise _EndedError
                 if began is not None and now - looked > LOOK_EVERY:
                     self.watch.stop_if_too_much(began)

@@ -85,6 +85,11 @@ def right(unit: str) -> Judged:
     return Judged(unit_of(unit), nbformat.reads(unit_of(unit).answered, as_version=4).cells)
 
 
+def what_counts(cells: list[NotebookNode]) -> list[tuple]:
+    """Return what of each cell an execution depends on (`execute.execution_key`)."""
+    return [(cell.cell_type, cell.source, cell.metadata.get("tags", []), cell.metadata.get("nbgrader", {})) for cell in cells]
+
+
 def take_in(made: Damaged, folder: Path) -> intake.Submission:
     place = folder / "student" / made.unit.name
     for path, content in made.files.items():
@@ -119,7 +124,9 @@ def test_full_marks_or_a_line_that_says_why_not(chance, unit):
             assert made.may_be_refused, (made.done, str(error))
             assert str(error) and str(error) == intake.printable(str(error), 1000)
             return
-        submission.write(Path(folder) / "out", unit)
+        submission.write(Path(folder), "written")
+        written = Judged(made.unit, nbformat.read(Path(folder) / "written.ipynb", as_version=4).cells)
+    assert what_counts(written.cells) == what_counts(judged.cells), "nbgrader would mark another notebook than was executed"
     nbformat.validate(nbformat.v4.new_notebook(cells=judged.cells))
     lost = lost_checks(made.unit, judged)
     assert lost <= may_lose(made), (made.done, lost, judged.repairs)

@@ -456,7 +456,13 @@ def _notebook(parsed: dict) -> NotebookNode:
         raise TypeError("cells are a list")
     metadata = bounded(parsed.get("metadata"))
     form = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata if isinstance(metadata, dict) else {}}
-    return nbformat.from_dict(form | {"cells": [plain_cell(cell) for cell in cells if isinstance(cell, dict)]})
+    plain = [plain_cell(cell) for cell in cells if isinstance(cell, dict)]
+    taken: set[str] = set()
+    for cell in plain:
+        if cell.get("id") in taken:  # nbformat would give it a random one; in the metadata it stays, as Colab keeps it
+            cell.metadata.setdefault("id", cell.pop("id"))
+        taken |= {cell["id"]} if "id" in cell else set()
+    return nbformat.from_dict(form | {"cells": plain})
 
 
 def plain_cell(cell: dict) -> NotebookNode:

@@ -41,10 +41,10 @@ test: $(READY) sandbox browser ## lint, and run every test, every notebook among
 	$(BIN)/python -m pytest --numprocesses auto
 
 build: $(READY) ## make the notebooks in course/ from the masters in solutions/
-	$(BIN)/python -m autograder.build $(UNIT)
+	$(BIN)/python -m autograder.building.build $(UNIT)
 
 experiments: $(READY) ## run the masters at full length and keep their results rows in the course (an hour)
-	$(BIN)/python -m autograder.run_masters $(UNIT)
+	$(BIN)/python -m autograder.building.run_masters $(UNIT)
 
 comparison: $(READY) ## measure what the comparison of methods lacks (METHODS=adapters for one; hours for all)
 	$(BIN)/python -m autograder.measuring.methods $(METHODS)
@@ -62,10 +62,10 @@ benchmark: $(READY) ## time and memory of LoRA against peft, and of QLoRA agains
 	$(BIN)/python benchmarks/qlora_against_bitsandbytes.py
 
 site: $(READY) ## run the masters and render the course as HTML in site/ (PEFTLAB_SHORT=1 for a quick one)
-	$(BIN)/python -m autograder.site
+	$(BIN)/python -m autograder.building.site
 
 grade: $(READY) sandbox ## grade the submissions of UNIT, or of all units, and write report/
-	$(BIN)/python -m autograder.grade $(UNIT) $(OPTIONS)
+	$(BIN)/python -m autograder.grading.grade $(UNIT) $(OPTIONS)
 
 feedback: $(READY) ## write the feedback for UNIT, with what people have marked by hand
 	$(BIN)/nbgrader generate_feedback $(UNIT) --force
@@ -93,10 +93,10 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format .
 
 try: $(READY) ## what the check of EXERCISE in UNIT says: of its solution, mistakes and variants, and of FILE
-	$(BIN)/python -m autograder.trying $(UNIT) $(EXERCISE) $(FILE)
+	$(BIN)/python -m autograder.proving.trying $(UNIT) $(EXERCISE) $(FILE)
 
 prove: $(READY) ## for every exercise: wrong answers caught, right variants passed, automatic mutants rejected
-	$(BIN)/python -m autograder.prove $(UNIT)
+	$(BIN)/python -m autograder.proving.prove $(UNIT)
 
 fuzz: $(READY) sandbox ## damage thousands of right notebooks and forge thousands of replies, at random (FUZZ=500 for fewer)
 	FUZZ=$(or $(FUZZ),5000) $(BIN)/python -m pytest tests/test_damaged_at_random.py tests/test_forged.py tests/test_damaged.py

@@ -10,11 +10,11 @@ from nbgrader.preprocessors import (
     OverwriteKernelspec,
 )
 
-from autograder.execute import ExecuteInSandbox
-from autograder.literal_names import init_notebooks
-from autograder.page_style import StyleTables
-from autograder.rubric import HideRubric, ShowRubric
-from autograder.sanitize import Repair
+from autograder.building.page_style import StyleTables
+from autograder.grading.execute import ExecuteInSandbox
+from autograder.grading.literal_names import init_notebooks
+from autograder.grading.rubric import HideRubric, ShowRubric
+from autograder.grading.sanitize import Repair
 
 c = get_config()
 

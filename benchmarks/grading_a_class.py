@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from attacks import ALL, MERGE, SOLUTION, UNIT, WRONG_MERGE, hostile_to  # noqa: E402
-from autograder.grade import Settings  # noqa: E402
+from autograder.grading.grade import Settings  # noqa: E402
 from classroom import Classroom  # noqa: E402
 
 MIXTURE = (
@@ -55,7 +55,7 @@ def a_class(root: Path, students: int, hostile: bool) -> Classroom:
 
 
 def grading(root: Path) -> list[str]:
-    return [sys.executable, "-m", "autograder.grade", UNIT, "--root", str(root)]
+    return [sys.executable, "-m", "autograder.grading.grade", UNIT, "--root", str(root)]
 
 
 def marks(classroom: Classroom, students: int) -> dict[str, dict]:

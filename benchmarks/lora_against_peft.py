@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autograder.reference import load_reference
+from autograder.checking.masters import load_reference
 from peftlab import tasks
 from peftlab.llama import ALL_LINEAR, IGNORE, Llama, causal_loss
 from peftlab.memory import MEBIBYTE, measure_training_step

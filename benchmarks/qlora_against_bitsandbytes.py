@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     from bitsandbytes import functional as bnb
 from peft import LoraConfig, get_peft_model
 
-from autograder.reference import load_reference
+from autograder.checking.masters import load_reference
 from peftlab import tasks
 from peftlab.llama import ALL_LINEAR, IGNORE, Llama, causal_loss
 from peftlab.memory import MEBIBYTE, measure_training_step, tensor_bytes

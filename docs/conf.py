@@ -1,4 +1,4 @@
-"""How Sphinx renders the course; `autograder.site` lays out the pages and calls it."""
+"""How Sphinx renders the course; `autograder.building.site` lays out the pages and calls it."""
 
 project = "Parameter-efficient fine-tuning, from scratch"
 html_title = project

@@ -12,8 +12,8 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from autograder.build import instructor_notebook
-from autograder.reference import SOLUTIONS, solution_cells, without_markers
+from autograder.building.build import instructor_notebook
+from autograder.checking.masters import SOLUTIONS, solution_cells, without_markers
 
 UNIT = "08_lora"
 SOLUTION = {cell["id"]: without_markers(cell.source) for cell in solution_cells(instructor_notebook(UNIT).cells)}

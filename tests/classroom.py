@@ -15,8 +15,8 @@ from nbgrader.api import Gradebook
 from nbgrader.apps import NbGraderAPI
 from nbgrader.coursedir import CourseDirectory
 
-from autograder.build import course_config, generate, write_instructor_notebook
-from autograder.sandbox import sandbox_problem
+from autograder.building.build import course_config, generate, write_instructor_notebook
+from autograder.sandbox.enclosure import sandbox_problem
 
 Answers = dict[str, str]
 """Source by the id of the cell that it goes into."""

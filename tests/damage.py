@@ -19,9 +19,9 @@ from random import Random
 
 import nbformat
 
-from autograder import sanitize
-from autograder.build import COURSE
-from autograder.reference import solution_cells, without_markers
+from autograder.building.build import COURSE
+from autograder.checking.masters import solution_cells, without_markers
+from autograder.grading import sanitize
 
 WRITTEN = "The activations stay: ½ of the step, as measured. Voilà."
 Cell = dict[str, object]

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from autograder import index
-from autograder.build import instructor_notebook
-from autograder.reference import code_cells, master_path, units
+from autograder.building import index
+from autograder.building.build import instructor_notebook
+from autograder.checking.masters import code_cells, master_path, units
 
 UNITS = [unit for unit in units() if unit != "00_start_here"]
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from attacks import ALL, SOLUTION, UNIT, hostile_to
-from autograder import grade
-from autograder.sandbox import Limits, sandbox_problem
+from autograder.grading import grade
+from autograder.sandbox.enclosure import Limits, sandbox_problem
 from classroom import Classroom
 from test_autograde import POINTS
 
@@ -95,7 +95,7 @@ def _hand_in_oddly(classroom: Classroom) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_everyone_gets_what_the_honest_part_deserves(graded, name):
     attack, record = ALL[name], graded.records[name]
-    assert record.status == grade.MARKED, record.line
+    assert record.status == grade.MARKED, record.reason
     mark = graded.classroom.mark(name)
     deserved = {check: 0 if check in attack.lost else points for check, points in POINTS.items()}
     assert {check: mark.scores[check] for check in POINTS} == deserved, (mark.errors, record.notes)
@@ -107,8 +107,8 @@ def test_everyone_gets_what_the_honest_part_deserves(graded, name):
 def test_what_cannot_be_read_gets_a_clear_line_and_no_mark(graded, name):
     record = graded.records[name]
     assert record.status == grade.UNUSABLE
-    assert any(word in record.line for word in ("empty", "JSON", "UTF-8", "notebook", "symbolic link")), record.line
-    assert record.line in (graded.classroom.root / "report" / f"{UNIT}.md").read_text().replace("\\|", "|")
+    assert any(word in record.reason for word in ("empty", "JSON", "UTF-8", "notebook", "symbolic link")), record.reason
+    assert record.reason in (graded.classroom.root / "report" / f"{UNIT}.md").read_text().replace("\\|", "|")
 
 
 @pytest.mark.parametrize("name", ["renamed", "zipped", "utf16"])

@@ -11,9 +11,9 @@ import pytest
 from nbgrader.validator import Validator
 
 from attacks import SOLUTION, UNIT
-from autograder.build import instructor_notebook
-from autograder.exercise import Exercise
-from autograder.reference import exercises_of, load_reference, solution_cells, units, without_markers
+from autograder.building.build import instructor_notebook
+from autograder.checking.exercise import Exercise
+from autograder.checking.masters import exercises_of, load_reference, solution_cells, units, without_markers
 from classroom import Classroom, Mark, grade_class
 
 NOTEBOOKS = {"mistakes": 6, "variants": 3}

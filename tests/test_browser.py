@@ -8,9 +8,9 @@ import nbformat
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from autograder.build import ROOT, write_instructor_notebook
+from autograder.building.build import ROOT, write_instructor_notebook
 from autograder.checks.why_peft import EXERCISES
-from autograder.sandbox import sandbox_problem
+from autograder.sandbox.enclosure import sandbox_problem
 from browser import CHROMIUM, SECONDS, NotebookPage, jupyterlab
 from test_autograde import look_at
 

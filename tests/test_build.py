@@ -8,9 +8,18 @@ import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from autograder import front, hidden, index
-from autograder.build import COURSE, course_config, drift, generate, instructor_notebook, main, write_instructor_notebook
-from autograder.reference import code_cells, exercises_of, grade_ids, load_reference, master_path, units
+from autograder.building import front, index
+from autograder.building.build import (
+    COURSE,
+    course_config,
+    drift,
+    generate,
+    instructor_notebook,
+    main,
+    write_instructor_notebook,
+)
+from autograder.checking import hidden
+from autograder.checking.masters import code_cells, exercises_of, grade_ids, load_reference, master_path, units
 
 pytestmark = pytest.mark.xdist_group("build")
 
@@ -139,7 +148,7 @@ def test_a_graded_cell_that_does_more_than_call_a_check_is_refused():
 
 
 def test_check_names_a_unit_that_drifted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("autograder.build.COURSE", tmp_path)
+    monkeypatch.setattr("autograder.building.build.COURSE", tmp_path)
     assert main(["--check", "00_start_here"]) == 1
     assert "course/00_start_here differs" in capsys.readouterr().err
 

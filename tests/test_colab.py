@@ -13,9 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from autograder import colab as cells
-from autograder.build import instructor_notebook
-from autograder.reference import units
+from autograder.building import colab as cells
+from autograder.building.build import instructor_notebook
+from autograder.checking.masters import units
 from peftlab import colab, results
 
 

@@ -18,11 +18,12 @@ from nbgrader.converters import GenerateFeedback
 from nbgrader.utils import temp_attrs
 
 from attacks import SOLUTION, UNIT, first_cell, merge_that
-from autograder import grade, intake, sandbox_process
-from autograder.grade import FAILED, MARKED, UNUSABLE, Settings
-from autograder.sandbox import Limits, sandbox_problem
-from autograder.sandbox_process import SandboxProcess
-from autograder.student_kernel import StudentKernel
+from autograder.grading import grade, intake
+from autograder.grading.grade import FAILED, MARKED, UNUSABLE, Settings
+from autograder.sandbox.enclosure import Limits, sandbox_problem
+from autograder.sandbox.enclosure import process as sandbox_process
+from autograder.sandbox.kernel import StudentKernel
+from autograder.sandbox.process import SandboxProcess
 from classroom import Classroom
 from damage import Damaged, damaged
 from test_autograde import POINTS
@@ -167,7 +168,7 @@ HONEST = [*ODD_CELLS, *EDITS, "[abc]", "called-like-it", "noon", "launcher", "he
 @pytest.mark.parametrize("student", HONEST)
 def test_nobody_loses_a_mark_to_the_machinery(graded, student):
     classroom, records = graded
-    assert records[student].status == MARKED, records[student].line
+    assert records[student].status == MARKED, records[student].reason
     mark = classroom.mark(student)
     assert {check: mark.scores[check] for check in POINTS} == POINTS, (mark.errors, records[student].notes)
 
@@ -177,9 +178,9 @@ def test_random_damage_costs_no_mark(graded, seed):
     classroom, records = graded
     record, made = records[f"random {seed}"], at_random(seed)
     if record.status == UNUSABLE:
-        assert made.may_be_refused and record.line
+        assert made.may_be_refused and record.reason
         return
-    assert record.status == MARKED, (record.line, made.done)
+    assert record.status == MARKED, (record.reason, made.done)
     mark = classroom.mark(record.student)
     lost = {check for check in POINTS if mark.scores[check] != POINTS[check]}
     assert lost <= may_lose(made), (made.done, mark.errors, record.notes)
@@ -206,8 +207,8 @@ def test_an_enormous_reply_costs_its_own_points_only(graded):
 def test_what_cannot_be_marked_gets_a_line(graded, student, line):
     classroom, records = graded
     (record,) = [record for name, record in records.items() if re.match(student, name)]
-    assert record.status == UNUSABLE and line in record.line
-    assert record.line in (classroom.root / "report" / f"{UNIT}.md").read_text()
+    assert record.status == UNUSABLE and line in record.reason
+    assert record.reason in (classroom.root / "report" / f"{UNIT}.md").read_text()
 
 
 def test_a_name_is_no_pattern_to_any_of_nbgraders_steps(graded):
@@ -299,10 +300,10 @@ def test_an_error_in_any_step_costs_nobody_else_a_mark(tmp_path, monkeypatch):
         found = grade.grade(UNIT, Settings(root=tmp_path, scheduler=cluster.scheduler_address))
     records = {record.student: record for record in found}
     for student, line in STEPS.items():
-        assert records[student].status == FAILED and line in records[student].line, records[student]
-        assert "thrown in" in records[student].line or "RecursionError" in records[student].line
+        assert records[student].status == FAILED and line in records[student].reason, records[student]
+        assert "thrown in" in records[student].reason or "RecursionError" in records[student].reason
     for student in ("first", "zlast", "clean-up", "sweep"):
-        assert records[student].status == MARKED, records[student].line
+        assert records[student].status == MARKED, records[student].reason
         assert {check: classroom.mark(student).scores[check] for check in POINTS} == POINTS
     for student in ("clean-up", "sweep"):
         assert any("could not be removed" in note for note in records[student].notes)

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
-from autograder import intake, sanitize
-from autograder.intake import UnusableError
-from autograder.reference import exercises_of, units
+from autograder.checking.masters import exercises_of, units
+from autograder.grading import intake, sanitize
+from autograder.grading.intake import UnusableError
 from damage import Damaged, Unit, damaged, unit_of
 
 EXAMPLES = int(os.environ.get("FUZZ", "250"))

@@ -7,8 +7,8 @@ import symtable
 import pytest
 import torch
 
-from autograder import drive
-from autograder.reference import exercises_of, units
+from autograder.checking import drive
+from autograder.checking.masters import exercises_of, units
 from symbols import global_names
 
 

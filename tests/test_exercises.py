@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import autograder.checks
-from autograder import hidden
-from autograder.exercise import RAISED, Exercise, _compare
-from autograder.failure import CheckFailedError
-from autograder.reference import exercises_of, load_reference, units
+from autograder.checking import hidden
+from autograder.checking.exercise import RAISED, Exercise, _compare
+from autograder.checking.failure import CheckFailedError
+from autograder.checking.masters import exercises_of, load_reference, units
 from symbols import global_names
 
 MODULES = [

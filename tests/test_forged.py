@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autograder.drive import Observation, RemoteAnswer, StudentError, drive, read_reply
-from autograder.exercise import RAISED, Exercise
-from autograder.failure import CheckFailedError
+from autograder.checking.drive import Observation, RemoteAnswer, StudentError, drive, read_reply
+from autograder.checking.exercise import RAISED, Exercise
+from autograder.checking.failure import CheckFailedError
 from test_exercises import EXERCISES
 
 EXAMPLES = int(os.environ.get("FUZZ", "600"))

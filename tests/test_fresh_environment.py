@@ -19,9 +19,9 @@ from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbgrader.preprocessors import ClearHiddenTests
 
-from autograder import colab
-from autograder.build import ROOT, instructor_notebook
-from autograder.reference import units
+from autograder.building import colab
+from autograder.building.build import ROOT, instructor_notebook
+from autograder.checking.masters import units
 
 WANTED = os.environ.get("PEFTLAB_FRESH", "")
 COLAB = Path(__file__).with_name("colab_image.txt")

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from autograder import run_masters
+from autograder.building import run_masters
+from autograder.checking.masters import code_cells, master_path, units
 from autograder.measuring import gpu, gpu_bytes, machine, pairs
 from autograder.measuring.machine import Machine, Outcome, SkippedError
-from autograder.reference import code_cells, master_path, units
 from peftlab import comparison, results
 from peftlab import gpu as shipped
 from peftlab.llama import PRESETS

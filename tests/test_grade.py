@@ -11,9 +11,10 @@ from distributed import LocalCluster
 from nbgrader.api import Gradebook
 
 from attacks import MERGE, SOLUTION, UNIT, WRONG_MERGE
-from autograder import grade, sandbox
-from autograder.build import ROOT
-from autograder.grade import FAILED, MARKED, Settings
+from autograder.building.build import ROOT
+from autograder.grading import grade
+from autograder.grading.grade import FAILED, MARKED, Settings
+from autograder.sandbox.enclosure import enclosure as sandbox
 from classroom import Classroom
 from test_autograde import POINTS
 
@@ -50,7 +51,7 @@ def run(classroom: Classroom, **settings: object) -> dict[str, grade.Record]:
 @needs_sandbox
 def test_killed_and_started_again(classroom):
     submit(classroom, right={}, wrong={"merge": WRONG_MERGE}, third={}, fourth={"merge": MERGE + "\n"})
-    command = [sys.executable, "-m", "autograder.grade", UNIT, "--root", str(classroom.root), "--workers", "1"]
+    command = [sys.executable, "-m", "autograder.grading.grade", UNIT, "--root", str(classroom.root), "--workers", "1"]
     records = classroom.root / "grading" / UNIT / "records"
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -117,7 +118,7 @@ def test_the_graders_own_trouble_leaves_no_mark_and_is_mended_by_the_next_run(cl
     with monkeypatch.context() as patched:
         patched.setattr(grade, "_execute_there", instead)
         record = run(classroom, sandboxed=sandboxed, workers=1)["student"]
-    assert record.status == FAILED and "executing it failed" in record.line
+    assert record.status == FAILED and "executing it failed" in record.reason
     assert {classroom.mark("student").scores[check] for check in POINTS} == {None}
     assert classroom.mark("student").waiting >= POINTS.keys()
     assert run(classroom, sandboxed=sandboxed, scheduler=cluster)["student"].status == MARKED

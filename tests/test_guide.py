@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autograder.prove import said
+from autograder.proving.prove import said
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "adding_an_exercise.md").read_text(encoding="utf-8")
 

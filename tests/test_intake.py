@@ -13,14 +13,16 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from autograder.sandbox.enclosure.plain import whole
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from attacks import MERGE, SOLUTION, UNIT
-from autograder import grade, sanitize
-from autograder.build import instructor_notebook
-from autograder.drive import StudentError, read_reply
-from autograder.intake import (
+from autograder.building.build import instructor_notebook
+from autograder.checking.drive import StudentError, read_reply
+from autograder.checking.masters import units
+from autograder.grading import grade, sanitize
+from autograder.grading.intake import (
     FILES_BYTES,
     Submission,
     UnusableError,
@@ -30,11 +32,9 @@ from autograder.intake import (
     read,
     students,
     unknown,
-    whole,
 )
-from autograder.reference import units
-from autograder.sandbox import remove
-from autograder.student_kernel import _output, _said
+from autograder.sandbox.enclosure import remove
+from autograder.sandbox.kernel import _output, _said
 
 NAME = f"{UNIT}.ipynb"
 STUB = "raise NotImplementedError()"
@@ -154,7 +154,7 @@ def test_what_a_learning_management_system_named_is_told_with_what_to_do():
 
 
 def test_a_compressed_archive_that_unpacks_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("autograder.intake.NOTEBOOK_BYTES", 2**20)
+    monkeypatch.setattr("autograder.grading.intake.NOTEBOOK_BYTES", 2**20)
     with pytest.raises(UnusableError, match="more than 1 are not read"):
         hand_in(tmp_path, {"a.tar.gz": gzip.compress(bytes(2**22))})
 
@@ -189,7 +189,7 @@ def test_folders_without_end_are_not_followed_without_end(tmp_path, in_time):
 
 
 def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("autograder.sandbox.REMOVING_SECONDS", 0)
+    monkeypatch.setattr("autograder.sandbox.enclosure.REMOVING_SECONDS", 0)
     (tmp_path / "full").mkdir()
     assert "longer" in remove(tmp_path / "full")
 
@@ -524,5 +524,5 @@ def test_an_answer_in_a_cell_of_its_own_is_not_overwritten_by_its_stub(place):
     notebook.cells.insert(stub + place, new_code_cell(MERGE))
     sources, repairs, cells = repair(notebook)
     assert sources["merge"] == "# Answered in another cell." and "merge is answered in another cell" in repairs
-    order = [cell.source.strip() for cell in cells]
-    assert order.index(MERGE.strip()) < order.index("check_merge(merge, unmerge)")
+    answer = next(n for n, cell in enumerate(cells) if cell.source.strip() == MERGE.strip())
+    assert answer < next(n for n, cell in enumerate(cells) if cell["id"] == "check-merge")

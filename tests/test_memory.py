@@ -102,6 +102,19 @@ def test_the_reading_of_cuda_agrees(trainable, monkeypatch):
     assert workspaces
 
 
+@pytest.mark.parametrize("trainable", ["", "q_proj"])
+def test_the_moments_of_a_step_add_up_to_its_peak(trainable):
+    model = model_with(trainable)
+    input_ids = torch.randint(0, 256, (4, 33))
+    moments = memory.memory_over_time(model, lambda: causal_loss(model, input_ids, input_ids))
+    step = measure_training_step(model, lambda: causal_loss(model, input_ids, input_ids))
+    totals = [moment.parameters + moment.gradients + moment.optimizer_state + moment.activations for moment in moments]
+    assert max(totals) == step.peak
+    assert [*dict.fromkeys(moment.phase for moment in moments)] == ["forward", "backward", "optimizer"]
+    assert moments[0].gradients == 0 and moments[-1].gradients == step.gradients
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_leaves_the_model_as_it_was():
     model = model_with("q_proj")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

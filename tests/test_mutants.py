@@ -4,9 +4,9 @@ import ast
 
 import pytest
 
-from autograder.mutants import mutants
-from autograder.prove import Proof, prove, try_mutants
-from autograder.reference import exercises_of, units
+from autograder.checking.masters import exercises_of, units
+from autograder.proving.mutants import mutants
+from autograder.proving.prove import Proof, prove, try_mutants
 
 SOURCE = '''
 def scaled(x: float, rank: int = 8) -> float:

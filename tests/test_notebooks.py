@@ -7,9 +7,9 @@ import pytest
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell
 
-from autograder.build import COURSE, instructor_notebook
-from autograder.reference import solution_cells, units
-from autograder.run_masters import run
+from autograder.building.build import COURSE, instructor_notebook
+from autograder.building.run_masters import run
+from autograder.checking.masters import solution_cells, units
 from peftlab import results
 
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import played_cuda
 import smaller
-from autograder.reference import Cell, code_cells, master_path, units
+from autograder.checking.masters import Cell, code_cells, master_path, units
 from peftlab.llama import PRESETS, Llama
 from peftlab.memory import measure_training_step
 from peftlab.simulate import next_token_loss

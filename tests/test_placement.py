@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autograder.checking.masters import load_reference
 from autograder.measuring.methods import METHODS
-from autograder.reference import load_reference
 from peftlab.llama import Llama, LlamaConfig, set_gradient_checkpointing
 from peftlab.simulate import fake_parameters
 from peftlab.training import trainable

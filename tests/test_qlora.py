@@ -17,8 +17,8 @@ with warnings.catch_warnings():
     import bitsandbytes
     from bitsandbytes import functional as bnb
 
+from autograder.checking.masters import load_reference
 from autograder.checks.qlora import EXERCISES
-from autograder.reference import load_reference
 from peftlab.dynamic_code import dynamic_code, nearest_code
 from peftlab.llama import PRESETS, Llama, causal_loss, set_gradient_checkpointing
 from peftlab.memory import measure_training_step

@@ -13,8 +13,8 @@ with warnings.catch_warnings():
     import bitsandbytes.cextension
     from bitsandbytes import functional as bnb
 
+from autograder.checking.masters import load_reference
 from autograder.checks.quantization import EXERCISES
-from autograder.reference import load_reference
 from peftlab.dynamic_code import dynamic_code, nearest_code
 
 MASTER = load_reference("09_quantization")

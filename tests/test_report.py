@@ -7,8 +7,8 @@ from datetime import datetime
 import pytest
 from nbgrader.api import Gradebook
 
-from autograder import report
-from autograder.grade import FAILED, MARKED, UNUSABLE, Record
+from autograder.grading import report
+from autograder.grading.records import FAILED, MARKED, UNUSABLE, Record
 
 UNIT = "08_lora"
 POINTS = {"check-merge": 2, "colleague": 3}
@@ -25,10 +25,10 @@ def course(tmp_path):
     return tmp_path
 
 
-def hand_in(root, student, status=MARKED, auto=2.0, manual=None, extra=None, penalty=0.0, line=""):
+def hand_in(root, student, status=MARKED, auto=2.0, manual=None, extra=None, penalty=0.0, reason=""):
     """Let a student hand in, and the grader and a person do what they did; return the record."""
     (root / "submitted" / student / UNIT).mkdir(parents=True)
-    record = Record(student, status=status, line=line, seconds={"cells": 1.0})
+    record = Record(student, status=status, reason=reason, seconds={"cells": 1.0})
     path = root / "grading" / UNIT / "records" / f"{student}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(vars(record)))
@@ -48,7 +48,7 @@ def hand_in(root, student, status=MARKED, auto=2.0, manual=None, extra=None, pen
 
 def table_of(root, records):
     report.write(UNIT, records, root)
-    with (root / "report" / "grades.csv").open(newline="", encoding="utf-8") as file:
+    with (root / "report" / "grades.csv").open(newreason="", encoding="utf-8") as file:
         return {line["student_id"]: line for line in csv.DictReader(file)}
 
 
@@ -88,8 +88,8 @@ def test_who_has_no_mark_has_no_zero(course):
     with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as gradebook:
         gradebook.add_student("absent")
     records = [
-        hand_in(course, "cut-off", UNUSABLE, auto=0.0, manual=0.0, line="the notebook is cut off"),
-        hand_in(course, "unlucky", FAILED, auto=0.0, manual=0.0, line="the disk was full"),
+        hand_in(course, "cut-off", UNUSABLE, auto=0.0, manual=0.0, reason="the notebook is cut off"),
+        hand_in(course, "unlucky", FAILED, auto=0.0, manual=0.0, reason="the disk was full"),
         hand_in(course, "all", manual=3.0),
     ]
     table = table_of(course, records)

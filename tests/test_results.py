@@ -102,7 +102,7 @@ def test_figures_say_what_they_show(row, monkeypatch):
         plots.memory_bars({"LoRA": row.memory}, "One step", unit="GB", card=("a GPU of 24 GB", 24e9)),
         plots.loss_curves({"LoRA": row.losses}, "Loss"),
         plots.before_after([row], "Scores"),
-        plots.by_setting({1: 10.0, 2: 20.0}, "Ranks", "rank", "score (%)"),
+        plots.by_setting({"LoRA": {1: 10.0, 2: 20.0}}, "Ranks", "rank", "score (%)"),
     ]
     for figure in figures:
         axes = figure.axes[0]

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from autograder.checking.masters import load_reference
 from autograder.checks.why_peft.activation_bytes import activation_bytes, activations_case
 from autograder.checks.why_peft.count_parameters import count_parameters
 from autograder.checks.why_peft.training_bytes import training_bytes
-from autograder.reference import load_reference
 from peftlab import calculator
 from peftlab.llama import PRESETS, Llama, LlamaConfig
 from peftlab.memory import measure_training_step

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from autograder.build import instructor_notebook
-from autograder.reference import solution_cells, units
-from autograder.site import build, page
+from autograder.building.build import instructor_notebook
+from autograder.building.site import build, page
+from autograder.checking.masters import solution_cells, units
 
 pytestmark = pytest.mark.xdist_group("site")  # built once for all
 

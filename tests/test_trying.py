@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from autograder import trying
-from autograder.trying import answers_in, by_name, main
+from autograder.proving import trying
+from autograder.proving.trying import answers_in, by_name, main
 
 UNIT = "02_rank_decomposition"
 

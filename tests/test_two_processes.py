@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from autograder.drive import drive_and_measure
-from autograder.exercise import Exercise
-from autograder.failure import CheckFailedError
+from autograder.checking.drive import drive_and_measure
+from autograder.checking.exercise import Exercise
+from autograder.checking.failure import CheckFailedError
 from test_exercises import EXERCISES
 from two_processes import OtherProcess
 

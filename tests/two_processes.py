@@ -2,8 +2,8 @@
 
 import ast
 
-from autograder.calls import Answer, Calls
-from autograder.sandbox_process import SandboxProcess
+from autograder.sandbox.calls import Answer, Calls
+from autograder.sandbox.process import SandboxProcess
 
 SETUP = """
 import math, sys

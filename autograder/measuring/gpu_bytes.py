@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autograder.checking.masters import load_reference
 from autograder.measuring.gpu_exact import methods, prepared
 from autograder.measuring.machine import Machine, Outcome, SkippedError
-from autograder.reference import load_reference
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, LlamaConfig, RMSNorm, set_gradient_checkpointing
 from peftlab.memory import StepMemory, measure_training_step
 from peftlab.simulate import next_token_loss, simulate_training_step

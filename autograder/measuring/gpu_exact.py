@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autograder.checking.masters import load_reference
 from autograder.measuring.machine import Machine, Outcome
 from autograder.measuring.methods import METHODS
 from autograder.measuring.pairs import PAIRS, apart, bitsandbytes
-from autograder.reference import load_reference
 from peftlab.llama import ALL_LINEAR, Llama, LlamaConfig, causal_loss, set_gradient_checkpointing
 from peftlab.memory import measure_training_step
 from peftlab.simulate import next_token_loss

@@ -14,10 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from autograder.checking.masters import load_reference
 from autograder.measuring.machine import Machine, Outcome, SkippedError
 from autograder.measuring.methods import INSTRUCTIONS, METHODS, TRAINING
 from autograder.measuring.pairs import Pair, bitsandbytes, lora_pair
-from autograder.reference import load_reference
 from peftlab.llama import Llama, set_gradient_checkpointing
 from peftlab.memory import measure_training_step, tensor_bytes
 from peftlab.training import compute_dtype, seconds_of, trainable

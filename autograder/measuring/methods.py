@@ -29,7 +29,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from autograder.reference import load_reference, units
+from autograder.checking.masters import load_reference, units
 from peftlab import results, tasks
 from peftlab.comparison import UNIT, chosen_rate, late_losses, rows, summary, twin_table
 from peftlab.experiment import fine_tune

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from autograder.reference import load_reference
+from autograder.checking.masters import load_reference
 from peftlab.llama import ALL_LINEAR, IGNORE, PRESETS, Llama, LlamaConfig, causal_loss
 from peftlab.training import trainable, twenty_steps
 

@@ -3,7 +3,8 @@ one, in which an 8-bit optimizer keeps what is never negative.
 
 Dettmers (2015), arXiv 1511.04561; Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861.
 Most of the 256 values are small: a leading run of zero bits counts powers of ten, and the bits that are left divide a decade
-evenly. So small numbers keep about as many digits as large ones. Without a sign there is one bit more for the digits.
+evenly. Each decade has half as many values as the one above it, so a number ten times smaller keeps one bit less. Without a
+sign there is one bit more.
 """
 
 from functools import cache

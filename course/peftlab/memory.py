@@ -35,6 +35,23 @@ class StepMemory:
     peak: int
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Bytes that are alive after one operation of a training step.
+
+    Attributes:
+        phase: "forward", "backward" or "optimizer".
+        parameters, gradients, optimizer_state: as in `StepMemory`; the optimizer's temporary tensors count as its state.
+        activations: what forward has left so far and backward has not freed yet, and other temporary tensors.
+    """
+
+    phase: str
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+
+
 def step_table(steps: Mapping[str, StepMemory], unit: str = "MiB", digits: int = 1) -> str:
     """Return, as text, the bytes of each training step by category, in a unit of `UNITS`."""
     names = max(map(len, [unit, *steps])) + 1
@@ -110,6 +127,53 @@ def _measure_on_cpu(model: nn.Module, loss: Callable[[], Tensor], optimizer: tor
         # What else the tracker has seen, the batch, was there before the step.
         peak=peak - (start["Total"] - parameters - optimizer_state),
     )
+
+
+def memory_over_time(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+) -> list[Moment]:
+    """Return the bytes that are alive after each operation of a training step, on the CPU.
+
+    As in `measure_training_step`, the second step is followed, the model's weights stay as they are, and its gradients
+    are cleared.
+
+    Args:
+        model: on the CPU; something in it requires a gradient.
+        loss: runs the forward pass and returns the scalar to differentiate.
+        optimizer_class: takes the trainable parameters and `lr`.
+    """
+    from peftlab.tracker import PeftMemTracker  # what it is made of takes half a second to import
+
+    optimizer = optimizer_class([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
+    tracker, phases = PeftMemTracker(), {}
+    tracker.track_external(model, optimizer)
+    with tracker:
+        _step(loss, optimizer)
+        tracker.reset_mod_stats()
+        start = tracker.bytes_by_category("current")
+        tracker.moments = phases["forward"] = []
+        value = loss()
+        tracker.moments = phases["backward"] = []
+        value.backward()
+        del value
+        tracker.moments = phases["optimizer"] = []
+        optimizer.step()
+        tracker.moments = None
+        optimizer.zero_grad()
+    there_before = start["Total"] - start["Parameter"] - start["Buffer"] - start["Optstate"]  # the batch
+    return [
+        Moment(
+            phase=phase,
+            parameters=now["Parameter"] + now["Buffer"],
+            gradients=now["Gradient"],
+            optimizer_state=now["Optstate"],
+            activations=now["Total"] - now["Parameter"] - now["Buffer"] - now["Gradient"] - now["Optstate"] - there_before,
+        )
+        for phase, moments in phases.items()
+        for now in moments
+    ]
 
 
 def _measure_on_cuda(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> StepMemory:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from peftlab.comparison import chosen_rate, late_loss, sweep_rows
-from peftlab.memory import UNITS, StepMemory
+from peftlab.memory import UNITS, Moment, StepMemory
 from peftlab.results import Row
 
 COLOURS = {
@@ -74,6 +74,34 @@ def memory_bars(
     return figure
 
 
+def memory_over_time(steps: Mapping[str, Sequence[Moment]], title: str, unit: str = "MiB") -> Figure:
+    """Draw the bytes that are alive after each operation of a training step, stacked by category, a panel a step.
+
+    Args:
+        steps: what `peftlab.memory.memory_over_time` returns, by the panel's title.
+        unit: of the axis, one of `peftlab.memory.UNITS`.
+    """
+    figure, panels = plt.subplots(1, len(steps), figsize=(8.5, 3.4), sharey=True, squeeze=False, layout="constrained")
+    categories = ("parameters", "optimizer_state", "gradients", "activations")
+    for axes, (name, moments) in zip(panels[0], steps.items()):
+        sizes = [[getattr(moment, category) / UNITS[unit] for moment in moments] for category in categories]
+        labels = [category.replace("_", " ") for category in categories]
+        colours = [COLOURS[category] for category in categories]
+        layers = axes.stackplot(range(len(moments)), sizes, colors=colours, labels=labels, linewidth=0)
+        phases = [moment.phase for moment in moments]
+        for phase in dict.fromkeys(phases):
+            first, count = phases.index(phase), phases.count(phase)
+            axes.axvline(first, color="black", linewidth=0.8, linestyle=":")
+            place = (first + 0.98 * count, "right") if phase == phases[-1] else (first + count / 2, "center")
+            axes.annotate(phase, (place[0], 0.97), xycoords=("data", "axes fraction"), ha=place[1], va="top", fontsize=8)
+        axes.set(title=name, xlabel="operations, one after the other", xlim=(0, len(moments) - 1))
+        axes.margins(y=0.15)
+    panels[0][0].set_ylabel(unit)
+    figure.suptitle(title)
+    figure.legend(handles=layers, ncols=4, fontsize=8, frameon=False, loc="outside lower center")
+    return figure
+
+
 def loss_curves(losses: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Draw the training loss, in nats per label, of one or several runs over their steps."""
     figure, axes = plt.subplots(figsize=(7, 3))
@@ -101,13 +129,16 @@ def before_after(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def by_setting(points: Mapping[int | float, float], title: str, xlabel: str, ylabel: str) -> Figure:
-    """Draw a measured quantity against a setting that doubles from point to point."""
+def by_setting(lines: Mapping[str, Mapping[int | float, float]], title: str, xlabel: str, ylabel: str) -> Figure:
+    """Draw a measured quantity against a setting that doubles from point to point, a line for each name."""
     figure, axes = plt.subplots(figsize=(7, 3))
-    axes.plot(list(points), list(points.values()), color=SERIES[0], marker="o")
+    for number, (name, points) in enumerate(lines.items()):
+        axes.plot(list(points), list(points.values()), color=SERIES[number], marker=MARKERS[number], label=name)
+    places = sorted({place for points in lines.values() for place in points})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(points), [str(point) for point in points])
+    axes.set_xticks(places, [str(place) for place in places])
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     return figure
 

@@ -18,10 +18,15 @@ class PeftMemTracker(MemTracker):
                 self._param_to_grad_hook_handles[parameter] = (_NoHook(), _NoHook())
         return super()._track_module_params_and_buffers(module, install_grad_hooks)
 
+    moments: list[dict[str, int]] | None = None
+    """If it is a list, the bytes by category after each operation are appended to it."""
+
     def _update_peak_stats(self, peak_state) -> None:
         for device, now in self._curr_mem_snap.items():
             if self._peak_mem.get(device, 0) < now["Total"]:
                 self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+        if self.moments is not None:
+            self.moments.append(self.bytes_by_category("current"))
 
     def restart_peak(self) -> None:
         """Forget the peak so far: from now on it is the largest moment since now."""

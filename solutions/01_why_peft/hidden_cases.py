@@ -47,7 +47,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 _HEADS = "one number a head is under a hundredth of what a layer keeps; the check allows two hundredths"
 SURVIVORS = {
     "2 * norm + 2 * (2 * h + 2 * k) + 4 * heads  ->  2 * norm + 2 * (2 * h + 2 * k) - 4 * heads": _HEADS,

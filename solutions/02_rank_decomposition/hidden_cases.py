@@ -56,7 +56,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "int((energy < share * energy[-1]).sum())  ->  (energy < share * energy[-1]).sum()": "the rank as a tensor of one whole "
     "number is as good: the check asks for its value",

@@ -115,7 +115,7 @@ plots.show(
 #
 # `layers[-0:]` is `layers[0:]`, the whole list. Count from the front: `layers[len(layers) - count:]`.
 # </details>
-# <details><summary>The check says that a layer has no such switch</summary>
+# <details><summary>The check says that a layer has no such switch, or that layers are missing in the list of what is trained</summary>
 #
 # Python lets you write `layer.requires_grad = True` on any object, and on a module it does nothing. Parameters have
 # `requires_grad`; modules have the method `requires_grad_(True)`, which goes through all of their parameters.
@@ -268,9 +268,11 @@ plots.show(
 # %% [markdown]
 # *What to see.* From the top, activations grow from next to nothing, by the same amount with every layer. From the bottom they
 # start at two thirds of the whole: training one layer, layer 0, makes 29 frozen ones remember. Where all 30 are trained, the lines
-# meet, a hair below full fine-tuning. Freezing the *embedding* saves hardly any activation: a trained one remembers which tokens there
-# were, and lets layer 0 keep its first norm's input. What freezing does save is the gradient and the optimizer state, three numbers for
-# each weight. (In this model the head is the same parameter as the embedding, so the second row below is without the head too.)
+# meet, a hair below full fine-tuning. (The second panel shows this with 16 reviews. In a short run, with two, the optimizer's step is the peak.)
+#
+# Freezing the *embedding* saves hardly any activation: a trained one remembers which tokens there were, and lets layer 0 keep its first
+# norm's input. What freezing does save is a gradient and two moments for each of its numbers. In this model the head is the same parameter
+# as the embedding. So the second row below trains neither embedding nor head.
 
 # %% tags=["experiment"]
 bars = {
@@ -289,8 +291,42 @@ plots.show(
 
 # %% [markdown]
 # *What to see.* Gradients and optimizer state depend on *how many* numbers are trained: they are the same at both ends.
-# Activations depend on *how deep* backward must go. The black line is the peak, the most that was needed at any one moment. It may lie
-# left of a bar's end, for backward frees activations while it makes gradients, or right of it, for AdamW computes with temporary tensors.
+# Activations depend on *how deep* backward must go. The black line is the peak, the most that was needed at any one moment. It need not be
+# where the bar ends. To see why, follow the step operation by operation, at both ends. (On the CPU, with eight rows; about half a
+# minute.) Before you look: at which moment of the step will memory be highest, and where will each model begin to *keep* something?
+
+# %%
+my_highest_moment = {"last 4": "", "first 4": ""}  # where in forward, in backward or in the optimizer's step
+
+# %% tags=["experiment"]
+from peftlab.memory import memory_over_time
+
+model.to("cpu")
+half, half_labels = input_ids[:8].cpu(), labels[:8].cpu()
+course = {}
+for end, freeze in {"last 4": train_last, "first 4": train_first}.items():
+    freeze(model, 4)
+    course[end] = memory_over_time(model, lambda: causal_loss(model, half, half_labels))
+    totals = [m.parameters + m.gradients + m.optimizer_state + m.activations for m in course[end]]
+    place = totals.index(max(totals))
+    inside = [moment.phase for moment in course[end]][:place].count(course[end][place].phase)
+    print(f"{end}: highest at operation {inside + 1} of {course[end][place].phase}; you said {my_highest_moment[end] or '-'}")
+figure = plots.memory_over_time(course, f"One training step of SmolLM2-135M, {half.shape[0]} × {half.shape[1]} tokens")
+plots.show(
+    figure,
+    alt="Two panels of memory over the operations of a step. With the last four layers trained it stays flat through forward and "
+    "rises at its end. With the first four it rises from the beginning, and falls through all of backward.",
+)
+model.to(device)
+
+# %% [markdown]
+# *What to see.* With the last four layers trained, memory stays flat while the frozen layers run: each forgets what it saw. The green begins at
+# layer 26. With the first four it grows from the start, and is highest where forward turns into backward. Then backward comes down and frees
+# activations; where it meets trained layers, gradients take their place. The first picture is highest later, in the optimizer's step, when its
+# few activations are gone and all of its gradients are there.
+#
+# So a peak may lie left of a bar's end, because activations and gradients are never there in full at the same time. It may lie right of it,
+# because AdamW computes with temporary tensors.
 
 # %% [markdown]
 # ## 2. What each layer keeps  ·  3 points, about 30 minutes
@@ -349,17 +385,24 @@ for situation, learns, wanted_below in (
     print(f"{situation}: {len(kept)} tensors", *places)
 
 # %% [markdown]
-# The first list is complete. These are its seventeen entries, in this order:
+# The first list is complete. These are its seventeen tensors. Copy the table to a sheet of paper, and tick for each situation above what is kept:
 #
-# 1. the input of the first norm; what it is multiplied by, one number a token; the product; the product times the norm's gain, which
-#    the query, key and value projections read;
-# 2. keys, queries and values, as attention sees them; of its softmax the logarithm of the sum, one number a head; attention's output,
-#    which `o_proj` reads as well;
-# 3. the second norm's four, as in 1; `gate_proj` and `up_proj` read the last of them;
-# 4. the MLP's: gate, up, silu(gate), and silu(gate) · up, which `down_proj` reads.
+# | place | what it is | read by | trained, the lowest | frozen, above | frozen, below |
+# |---|---|---|---|---|---|
+# | 1 | the input of the first norm | | | | |
+# | 2 | what it is multiplied by, one number a token | | | | |
+# | 3 | the product of the two | the norm's gain | | | |
+# | 4 | the product times the gain | `q_proj`, `k_proj`, `v_proj` | | | |
+# | 5, 6, 7 | keys, queries, values | attention | | | |
+# | 8 | the logarithm of the softmax's sum, one number a head | attention | | | |
+# | 9 | attention's output | attention, `o_proj` | | | |
+# | 10 to 13 | the second norm's four, as 1 to 4 | the last by `gate_proj`, `up_proj` | | | |
+# | 14, 15 | gate and up | silu, the product | | | |
+# | 16 | silu(gate) | the product | | | |
+# | 17 | silu(gate) · up | `down_proj` | | | |
 #
 # Write `numbers_kept`: for every layer of a LLaMA, how many numbers per token it keeps, if the layers with these numbers are
-# trained, and perhaps the embedding. Compare the places above, tell for each entry *when* it is kept, and you have the formula.
+# trained, and perhaps the embedding. Your ticks tell *when* each tensor is kept. Its size is in the output above.
 #
 # <details><summary>Which layers does backward reach?</summary>
 #
@@ -412,7 +455,7 @@ def numbers_kept(config: LlamaConfig, layers: Sequence[int], embedding: bool = F
 check_numbers_kept(numbers_kept)
 
 # %% [markdown]
-# Now hold your formula against the curve that you measured: four bytes a number, times the tokens of the batch.
+# Now compare your formula with the curve that you measured: four bytes a number, times the tokens of the batch.
 
 # %% tags=["experiment"]
 smollm2 = PRESETS["SmolLM2-135M"]
@@ -600,18 +643,18 @@ for name in my_shares:
         )
 
 # %% [markdown]
-# The methods of the later units train less. The overview that this course began with says: adapters 1 to 5%, prefix tuning under 1%, BitFit
-# under 0.1% and prompt tuning under 0.01%, in models of billions of parameters; units 04 to 07 count for themselves. Four layers of 30 or
-# 32 are about a tenth of the model, in the small one as in the large one. Freezing is not the smallest method. It is the simplest, and the
-# only one that trains less of the *depth*.
+# The methods of the later units train less. Overviews say: adapters 1 to 5%, prefix tuning under 1%, BitFit under 0.1% and prompt tuning under
+# 0.01%, in models of billions of parameters. Units 04 to 07 count for themselves. Four layers of 30 or 32 are about a tenth of the
+# model, in the small one as in the large one. Freezing is not the smallest method. It is the simplest, and it
+# trains less of the *depth*.
 
 # %% [markdown]
 # ## 5. On a real model
 #
 # Fine-tune SmolLM2-135M on film reviews twice, with 40 steps on the same batches: the last four layers, then the first four.
 # `fine_tune` scores the model, trains it, scores it again and writes a results row. About a minute and a half each on two CPU cores,
-# fifteen seconds on an H200. For a first look both get a learning rate of 2e-4; each end's own rate comes below. Which will be better? Which
-# will be faster?
+# fifteen seconds on an H200. Each end gets the learning rate that our sweep chose for it (see below): at a common rate you would compare luck.
+# Which will be better? Which will be faster?
 
 # %%
 i_think_better, i_think_faster = None, None  # "last" or "first"
@@ -620,12 +663,15 @@ i_think_better, i_think_faster = None, None  # "last" or "first"
 from peftlab.experiment import fine_tune
 
 rows = {}
+swept = {
+    end: comparison.rows("layer_freezing", "movie_reviews", variant) for end, variant in (("last", ""), ("first", "first"))
+}
 for end, freeze in {"last": train_last, "first": train_first}.items():
     model, tokenizer = load_smollm2()
     freeze(model, 4)
     rows[end] = fine_tune(
         model, tokenizer, reviews, unit=UNIT, method="layer_freezing",
-        save=lambda path: save_trained(model, path), steps=40, learning_rate=2e-4,
+        save=lambda path: save_trained(model, path), steps=40, learning_rate=comparison.chosen_rate(swept[end]) if swept[end] else 2e-4,
         score_before=rows["last"].score_before if rows else None, variant="" if end == "last" else end, layers=4,
     )  # fmt: skip
     save_trained(model, f"{end}.safetensors")
@@ -633,17 +679,20 @@ for end, freeze in {"last": train_last, "first": train_first}.items():
 # %% tags=["experiment"]
 for end, row in rows.items():
     print(
-        f"{end:>5} 4: {row.score_before:.1%} -> {row.score_after:.1%} of {len(reviews.test)} reviews, "
+        f"{end:>5} 4: {row.score_before:.1%} -> {row.score_after:.1%} of {settings.examples(len(reviews.test))} reviews, "
         f"{row.trainable_parameters:,} trained, {row.adapter_bytes / 1e6:.1f} MB file, {row.memory.peak / MEBIBYTE:,.0f} MiB at the peak, "
         f"{row.seconds_per_step:.2f} s a step, forgetting {row.forgetting:+.2f}"
     )
+better = max(rows, key=lambda end: rows[end].score_after)
+faster = min(rows, key=lambda end: rows[end].seconds_per_step)
+print(f"better: {better}, you said {i_think_better}; faster: {faster}, you said {i_think_faster}")
 plots.show(
     plots.loss_curves({f"{end} 4 layers": row.losses for end, row in rows.items()}, "Training loss on movie_reviews"),
     alt="Two loss curves over 40 steps, one for the last four layers and one for the first four.",
 )
 
 # %% [markdown]
-# *What to see.* Both train 14 million numbers and write files of the same size. A step that trains the last four layers is faster, for
+# *What to see.* Both train 14 million numbers and write files of the same size. A step that trains the last four layers is faster: its
 # backward goes through four layers instead of thirty. With 480 test reviews, one standard error is about 1.4 points: look at the
 # shipped rows below before you call one end better. *Forgetting* is by how much the loss on newspaper sentences has risen, in nats
 # per token.
@@ -701,11 +750,14 @@ for task in comparison.TASKS:
         print(f"{task:<15}{name:<9}seeds 0, 1, 2: {', '.join(f'{score:.1%}' for score in scores)}")
 
 # %% [markdown]
-# *What to see.* Compare each method at the rate that suits it; at a common rate you would compare luck. *Spread* is the best of the three
-# seeds minus the worst, in points: differences smaller than that say nothing by themselves. Which end is better? On reviews the last four
-# layers win with each of the three seeds, by four points on average. On tool calls the *first* four win with each, by more than ten. So neither is the
-# better end: it depends on the task, and nothing but measuring tells. The forgetting differs, too: the last four, at their best rate on
-# reviews, forget most of all. Then read the last table across: the two ends cost the same in every column but two.
+# *What to see.* *Spread* is the best of the three seeds minus the worst, in points. A difference of two means that is smaller than the
+# spreads says little by itself. Which end is better? On reviews the last four layers lead by four points, with a spread of nearly five; on
+# tool calls the *first* four lead by eleven, with spreads of eleven and thirteen. By the means alone, then, neither verdict is safe.
+#
+# The pairs say more: on reviews the last four win with each of the three seeds, on tool calls the first four do, by 5 to 14.5 points. Three
+# pairs a task are still few: if the ends were equal, chance would give three wins to one side in one of four tasks. So these rows show no end that is
+# better on both tasks, and hint that it depends on the task. The forgetting differs, too: the last four, at their best rate on reviews,
+# forget most of all. Then read the last table across: the two ends cost the same in every column but two.
 
 # %% [markdown]
 # ## 6. Is that the right gradient?
@@ -761,8 +813,7 @@ assert apart <= 1e-5, "your freezing and transformers' have parted ways: run the
 # ## 7. Bug hunt  ·  2 points, about 15 minutes
 #
 # *After transformers issues 21381 and 42489.* Somebody trains the last layers of a model and is short of memory. Gradient checkpointing
-# helps: keep only each layer's input, and run the layer again in backward. PyTorch has two implementations of it, and `use_reentrant=True` chooses the
-# older one. Training then goes through without an error, and the loss
+# helps: keep only each layer's input, and run the layer again in backward. Training then goes through without an error, and the loss
 # falls a little, but much less than before.
 
 
@@ -788,7 +839,7 @@ with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     names = learning(run_with_a_bug)
 print(f"19 parameters are trainable, and these get a gradient: {names}")
-print("PyTorch said:", warned[0].message if warned else "nothing")
+print(f"warnings: {len(warned)} (print them, if you are stuck)")
 
 # %% [markdown]
 # Write `run_checkpointed`: the same output, the gradients of a plain run for whatever is trained, and no more kept or computed than

@@ -2,7 +2,23 @@
 
 import torch
 
+from autograder.checking.exercise import PEAK_ALLOWANCE
 from autograder.checks import bitfit
+
+MIB = 2**20
+
+
+def _large_model(generator: torch.Generator) -> dict:
+    """A model of 57 MiB: its gradients and AdamW's state take three times as much."""
+    case = bitfit.train_case(generator) | {"sizes": [4096, 1024, 1024, 1, 4, 2], "weights": None, PEAK_ALLOWANCE: 32 * MIB}
+    return case | {"input_ids": torch.randint(0, 4096, (2, 9), generator=generator)}
+
+
+def _many_layers(generator: torch.Generator) -> dict:
+    """Sixteen layers, one after the other, each with an input of 4 MiB; right answers have up to ten of these at a time."""
+    weight = 0.2 * torch.randn(32, 32, generator=generator)
+    bias, x = (torch.randn(*shape, 32, generator=generator) for shape in ((), (2048,)))
+    return {"x": x, "weight": weight, "bias": bias, "copies": 16, PEAK_ALLOWANCE: 40 * MIB}
 
 
 CASES = {
@@ -14,6 +30,7 @@ CASES = {
     bitfit.check_train: {
         "on a LLaMA with two layers": lambda generator: bitfit.train_case(generator, layers=2),
         "on a LLaMA with three layers": lambda generator: bitfit.train_case(generator, layers=3),
+        "by the memory of the whole process, on a large model": _large_model,
     },
     bitfit.check_bias_backward: {
         "in double precision": lambda generator: bitfit.backward_case(generator, 4, 5, dtype=torch.float64),
@@ -24,6 +41,7 @@ CASES = {
     bitfit.check_bias_memory: {
         "in bfloat16": lambda generator: bitfit.bias_memory_case(generator, 2, 33, dtype=torch.bfloat16),
         "on a single sequence": lambda generator: bitfit.bias_memory_case(generator, 37),
+        "by the memory of the whole process, on many layers": _many_layers,
     },
     bitfit.check_bias_files: {
         "with other sizes": bitfit.bias_file_case,
@@ -39,5 +57,5 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {}

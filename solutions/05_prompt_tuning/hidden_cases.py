@@ -2,7 +2,17 @@
 
 import torch
 
+from autograder.checking.exercise import PEAK_ALLOWANCE
 from autograder.checks import prompt_tuning
+
+MIB = 2**20
+
+
+def _large_base(generator: torch.Generator) -> dict:
+    """A base of 48 MiB: its gradients and AdamW's state take three times as much."""
+    large = {"sizes": [8192, 768, 1536, 1, 3, 1], "weights": None, "start": torch.randn(5, 768, generator=generator)}
+    return prompt_tuning.memory_case(generator) | large | {PEAK_ALLOWANCE: 24 * MIB}
+
 
 CASES = {
     prompt_tuning.check_prompted_forward: {
@@ -21,6 +31,7 @@ CASES = {
     prompt_tuning.check_prompted_memory: {
         "without a mask": lambda generator: prompt_tuning.memory_case(generator, "none"),
         "in two layers, padded on either side": lambda generator: prompt_tuning.memory_case(generator, "each", layers=2),
+        "by the memory of the whole process, on a large base": _large_base,
     },
     prompt_tuning.check_starts: {
         "of an embedding in float16": lambda generator: prompt_tuning.starts_case(generator, torch.float16),
@@ -50,7 +61,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "mask.cumsum(dim=1) - 1  ->  mask.cumsum(dim=1) + 1": "positions from 0 or from 2: RoPE sees differences only",
     "1  ->  2": "positions from 0 or from -1: RoPE sees differences only",

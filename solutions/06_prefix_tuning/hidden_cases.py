@@ -2,7 +2,23 @@
 
 import torch
 
+from autograder.checking.exercise import PEAK_ALLOWANCE
 from autograder.checks import prefix_tuning
+
+MIB = 2**20
+
+
+def _long_texts(generator: torch.Generator) -> dict:
+    """Three layers whose probabilities take 24 MiB each."""
+    x = torch.randn(4, 512, 48, generator=generator)
+    return prefix_tuning.memory_case(generator, layers=3) | {"x": x, "large": True, PEAK_ALLOWANCE: 32 * MIB}
+
+
+def _large_base(generator: torch.Generator) -> dict:
+    """Four layers of 9 MiB: their gradients and AdamW's state take three times as much."""
+    keys, values = torch.randn(2, 4, 2, 6, 128, generator=generator)
+    return prefix_tuning.model_case(generator) | {"weights": None, "keys": keys, "values": values, PEAK_ALLOWANCE: 24 * MIB}
+
 
 CASES = {
     prefix_tuning.check_prefix_attention: {
@@ -16,10 +32,12 @@ CASES = {
         "with a prefix of one token": lambda generator: prefix_tuning.attention_case(generator, tokens=1, padded=True),
     },
     prefix_tuning.check_prefix_memory: {
+        "by the memory of the whole process, on long texts": _long_texts,
         "with wider heads": lambda generator: prefix_tuning.memory_case(generator, head_dim=16),
         "in double precision": lambda generator: prefix_tuning.memory_case(generator, torch.float64),
     },
     prefix_tuning.check_prefix_model: {
+        "by the memory of the whole process, on a large base": _large_base,
         "in double precision": lambda generator: prefix_tuning.model_case(generator, torch.float64),
         "with padding on the right": lambda generator: prefix_tuning.model_case(generator, left=False),
         "with four layers and a prefix of one token": lambda generator: prefix_tuning.model_case(generator, tokens=1, layers=4),
@@ -45,7 +63,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "wrap = wrap or PrefixAttention  ->  pass": "this line is given, not written by the student; the check passes a `wrap` of its "
     "own, so that it does not depend on another exercise",

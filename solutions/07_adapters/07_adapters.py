@@ -117,7 +117,7 @@ plots.show(
 # - **The start.** `up` starts at zero, weight and bias, so that the adapter is the identity, to the bit. `down` starts at random and small:
 #   `nn.init.normal_` with a standard deviation of 0.01 for the weight, and zero for its bias. (Were both weights zero, neither would ever learn. Why?)
 #   Houlsby et al. start *near* the identity, with both matrices small, and cut the normal distribution off at two standard deviations, which
-#   leaves one of 0.0088. That is accepted too: in a large adapter, the check wants between 0.0084 and 0.0105, for chance takes or adds a little.
+#   leaves one of 0.0088. That is accepted too: in a large adapter, the check wants between 0.0084 and 0.0105, because chance takes or adds a little.
 # - **What bends.** Without GELU, `up` and `down` are one matrix of rank $m$ that could be multiplied into the sub-layer's last
 #   weight; unit 08's LoRA comes close to that. With it, nothing can be merged. This costs time each time the model is used, and we shall measure how much.
 #
@@ -367,7 +367,7 @@ def largest_bottleneck(config: LlamaConfig, budget: int, places: Sequence[str] =
 check_adapter_parameters(adapter_parameters, largest_bottleneck)
 
 # %% [markdown]
-# A formula should be held against the thing itself. On the device "meta" there are shapes without numbers, so that a model of
+# A formula should be compared with the thing itself. On the device "meta" there are shapes without numbers, so that a model of
 # any size can be built and counted:
 
 
@@ -390,8 +390,8 @@ for name, whole in WHOLE.items():
 print(f"you said {my_prediction}")
 
 # %% [markdown]
-# The overview that this course began with says that adapters train 1 to 5% of a model's parameters. With a bottleneck of 16 we are
-# below that, and on a 7B model far below. Which bottlenecks does it mean?
+# Overviews of efficient fine-tuning say that adapters train 1 to 5% of a model's parameters. With a bottleneck of 16 we are
+# below that, and on a 7B model far below. Which bottlenecks do they mean?
 
 # %%
 for name, whole in WHOLE.items():
@@ -403,7 +403,7 @@ for name, whole in WHOLE.items():
 
 # %% [markdown]
 # *What to see.* The share follows from how wide the bottleneck is *relative to the model*: adapters grow with $d$, the model's matrices with
-# $d^2$. So 16 features are eight tenths of a percent of the small model and one tenth of a percent of the large one. The 1 to 5% of the overview mean
+# $d^2$. So 16 features are eight tenths of a percent of the small model and one tenth of a percent of the large one. Those 1 to 5% mean
 # hundreds of features at 7 billion parameters. Houlsby et al. trained 3.6% a task on BERT, and came within 0.4% of full fine-tuning on GLUE.
 
 # %% [markdown]
@@ -719,7 +719,7 @@ del untrained
 
 # %% [markdown]
 # *What to see.* Each adapter is good at its own task. Stacked they get in each other's way, in one order or in both: neither was trained with the
-# other beneath it. In MAD-X the upper one is, and that makes the difference.
+# other beneath it. (In MAD-X the upper one is trained with the lower one in its place.)
 #
 # The file holds one task and nothing else. A fresh model needs it and the base:
 
@@ -736,11 +736,11 @@ print(f"unknown names: {unknown}, largest difference: {(hidden_states[0] - hidde
 # %% [markdown]
 # ## 7. The comparison, measured
 #
-# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every method and both tasks. Each
-# learning rate was run with one seed, the best-looking one with three. If the mean of the three is worse than another rate's single run, that rate got
-# three as well. What counts is the training loss of the last ten steps; no row comes twice in these runs, so that is a loss on unseen rows, and the
-# test
-# split is not used.
+# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every method and both tasks.
+#
+# Each rate was run with one seed. What counts is the *late loss*, the mean training loss of the last ten steps. No row of the data comes
+# twice in a run, so this is a loss on unseen rows, and the test split is not used. The best rate got two more seeds. If their mean
+# then lost to another rate's single run, that rate got two more as well.
 
 # %%
 from peftlab import comparison
@@ -759,8 +759,8 @@ shipped = comparison.show(COMPARED, "adapters")
 #
 # Adapters behind the MLP alone, twice as wide, do as well as those at both places: the differences are smaller than the spread
 # over seeds, on either task. They cost fewer activations, and half as many products at inference that wait for each other (section 8). Nor is there a
-# difference beyond the spread to LoRA or to full fine-tuning. But look at the last column: adapters score about as high, and forget most. (The
-# share is of the model *with* its adapters; in section 3 it was of the model without.)
+# difference beyond the spread to LoRA or to full fine-tuning. But look at the last column of the first table: adapters score about as high, and
+# forget most. (The share is of the model *with* its adapters; in section 3 it was of the model without.)
 
 # %% [markdown]
 # ## 8. What cannot be merged is paid for at inference
@@ -839,15 +839,27 @@ print(f"you said {my_single_token}% for one token and {my_256_tokens}% for 256")
 
 # %% [markdown]
 # *What to see.* Merged LoRA is the plain model again; what its bar shows is the noise. Adapters cost more than their arithmetic, most of all
-# for a single token: there each small operation takes less time to do than to *start*, and they come one behind the other. On many
-# tokens the large products take over. Hu et al. (2022, table 1) measured the same on a GPU, with GPT-2 medium: 19.8 ms without adapters, 25.8 ms with
-# Houlsby's, at batch size 1 and 128 tokens. Rücklé et al. (2021) report 4 to 6% on large batches.
+# for a single token. Why for a single one? Time one adapter by itself, with more and more tokens:
+
+# %% tags=["experiment"]
+one_adapter = Adapter(576, 16).to(device)
+with torch.inference_mode():
+    for count in (1, 16, 256):
+        h = torch.randn(1, count, 576, device=device)
+        microseconds = 1e6 * median(seconds_of(lambda: one_adapter(h), device) for _ in range(201))
+        print(f"{count:>4} tokens: {microseconds:>6.0f} µs, {microseconds / count:>6.1f} µs a token")
+
+# %% [markdown]
+# *What to see.* Sixteen times the arithmetic takes less than twice the time. So with one token most of the time is not arithmetic: each of the
+# small operations has to be *started*, one behind the other. On many tokens that cost is shared. Hu et al. (2022, table 1) found adapters slow
+# on a GPU, too, with GPT-2 medium: 19.8 ms without adapters, 25.8 ms with Houlsby's, at batch size 1 and 128 tokens. Rücklé et al. (2021)
+# report 4 to 6% on large batches.
 #
 # But look at LoRA that is *not* merged: two small products at each of seven places take their time as well. Merging is what is free, and
 # merging means one task for each copy of the weights.
 
 # %% [markdown]
-# ## 9. Held against an oracle
+# ## 9. Compared with an oracle
 #
 # Is what you built an *adapter*, or something like it? peft, our yardstick in other units, has no Houlsby adapter. So here is one
 # written another way: a `transformers` LLaMA that nobody has touched, a *hook* behind each attention and MLP that replaces its output,
@@ -905,7 +917,7 @@ assert apart <= 1e-5, "your adapters and the oracle's have parted ways: run the 
 #
 # *After peft issues 1155 and 3761.* Two adapters were trained for two tasks, and somebody wants one that does a little of both: its change
 # of $h$ should be $w_1$ times the first one's plus $w_2$ times the second one's. In peft, functions that combine LoRA adapters have been wrong
-# without a word, more than once: weights that reached $A$ and not $B$, scalings and biases left out. Both issues hold them to the same test: with
+# without a word, more than once: weights that reached $A$ and not $B$, scalings and biases left out. Both issues use the same test: with
 # *weight 1 for one adapter, and 0 or nothing else beside it, that adapter must come back.* The function below passes it.
 
 
@@ -943,9 +955,12 @@ for name, adapter in {
     print(f"{name:<15} is off by {off:.1%} of the change")
 
 # %% [markdown]
-# Between `down` and `up` stands GELU, and the average of two bent things is not the bent average. Yet there *is* an adapter that does exactly
-# what was wanted. Write `join`, which returns its state dict.
+# What is wrong with adding name by name? There *is* an adapter that does exactly what was wanted. Write `join`, which returns its state dict.
 #
+# <details><summary>I see no bug</summary>
+#
+# Between `down` and `up` stands GELU. Is the average of two bent things the bent average?
+# </details>
 # <details><summary>I see no way: the sum of two such networks is not one of them</summary>
 #
 # It is one with a wider bottleneck. GELU works on each feature by itself.

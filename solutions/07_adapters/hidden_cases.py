@@ -2,7 +2,17 @@
 
 import torch
 
+from autograder.checking.cases import between
+from autograder.checking.exercise import PEAK_ALLOWANCE
 from autograder.checks import adapters
+
+MIB = 2**20
+
+
+def _large_model(generator: torch.Generator) -> dict:
+    """A model of 76 MiB: its gradients and AdamW's state take three times as much."""
+    return adapters.adapted_memory_case(generator) | {"large": True, PEAK_ALLOWANCE: 32 * MIB}
+
 
 CASES = {
     adapters.check_adapter: {
@@ -16,6 +26,21 @@ CASES = {
         "on a bottleneck wider than the hidden size": lambda generator: (
             adapters.adapter_memory_case(generator) | {"bottleneck": 99}
         ),
+        # Eight adapters read an h of 8 MiB; then three have 8 MiB between down and GELU.
+        "by the memory of the whole process, on many tokens": lambda generator: {
+            "hidden": 512,
+            "bottleneck": between(generator, 7, 12),
+            "rows": 4096,
+            "copies": 8,
+            PEAK_ALLOWANCE: 24 * MIB,
+        },
+        "by the memory of the whole process, on a wide bottleneck": lambda generator: {
+            "hidden": between(generator, 12, 16),
+            "bottleneck": 256,
+            "rows": 8192,
+            "copies": 5,
+            PEAK_ALLOWANCE: 24 * MIB,
+        },
     },
     adapters.check_add_adapters: {
         "in double precision": lambda generator: adapters.add_case(generator, dtype=torch.float64),
@@ -28,6 +53,7 @@ CASES = {
         "behind attention alone": lambda generator: adapters.adapted_memory_case(generator, places=["self_attn"]),
         "in float16, on three layers": lambda generator: adapters.adapted_memory_case(generator, dtype="float16", layers=3),
         "in double precision": lambda generator: adapters.adapted_memory_case(generator, dtype="float64"),
+        "by the memory of the whole process, on a large model": _large_model,
     },
     adapters.check_adapter_parameters: {
         "behind attention alone": lambda generator: adapters.parameters_case(generator, ("self_attn",)),
@@ -50,7 +76,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "'self_attn'  ->  'self_attnx'": "in adapter_parameters and largest_bottleneck only the number of places counts, not their names",
     "'mlp'  ->  'mlpx'": "in adapter_parameters and largest_bottleneck only the number of places counts, not their names",

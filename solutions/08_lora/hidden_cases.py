@@ -2,7 +2,10 @@
 
 import torch
 
+from autograder.checking.exercise import PEAK_ALLOWANCE
 from autograder.checks import lora
+
+MIB = 2**20
 
 
 def _one_sequence(case: dict) -> dict:
@@ -24,6 +27,15 @@ CASES = {
     lora.check_lora_memory: {
         "on a wide layer": lambda generator: {"in_features": 48, "out_features": 300, "rank": 6, "rows": 40},
         "on a tall layer": lambda generator: {"in_features": 300, "out_features": 48, "rank": 2, "rows": 40},
+        # Eight layers read an x of 8 MiB.
+        "by the memory of the whole process, on many tokens": lambda generator: {
+            "in_features": 512,
+            "out_features": 16,
+            "rank": 4,
+            "rows": 4096,
+            "copies": 8,
+            PEAK_ALLOWANCE: 24 * MIB,
+        },
     },
     lora.check_inject: {
         "with one target": lambda generator: lora.inject_case(generator, ["aux_q_proj"], ["gate"], width=5),
@@ -42,7 +54,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "5  ->  6": "the spread of lora_A's start, 1/sqrt(in) or 0.93/sqrt(in), is a convention: any random start is right",
     "list(model.named_modules())  ->  model.named_modules()": "the walk goes on into the new layer, whose only nn.Linear is "

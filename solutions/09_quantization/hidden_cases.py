@@ -47,5 +47,5 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {}

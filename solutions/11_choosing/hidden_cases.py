@@ -44,7 +44,7 @@ CASES = {
     },
 }
 
-# Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
+# Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
 SURVIVORS = {
     "list({(row.settings['learning_rate'], row.settings['seed']): row for row in most}.values())  ->  "
     "{(row.settings['learning_rate'], row.settings['seed']): row for row in most}.values()": "the same rows, in a view of a dict",

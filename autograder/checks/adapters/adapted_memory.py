@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import constant_llama, seeing
 from autograder.checks.adapters.adapted import FROZEN, MOVED, NEW_ADAPTER, OUTPUT, WRAPPED, Adapted, add_adapters
 from autograder.checks.adapters.add_adapters import check_add_adapters
 from autograder.checks.adapters.helpers import adapter_class, tensors_kept
 from autograder.checks.adapters.memory import WEIGHTS
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import seeing
 
 
 def adapted_memory_case(
@@ -27,10 +27,11 @@ def adapted_memory_case(
     }
 
 
-def drive_adapted_memory(Adapted, add_adapters, layers, seq, bottleneck, places, dtype):
+def drive_adapted_memory(Adapted, add_adapters, layers, seq, bottleneck, places, dtype, large=False):
     """Put adapters into a tiny LLaMA and take a training step; return what is there after it, and what forward kept.
 
-    The adapters are made by an `Adapter` of our own, so that this does not depend on an earlier exercise.
+    The adapters are made by an `Adapter` of our own, so that this does not depend on an earlier exercise. Of a large model it is
+    returned what is trained.
     """
     import torch
     from torch import nn
@@ -42,11 +43,18 @@ def drive_adapted_memory(Adapted, add_adapters, layers, seq, bottleneck, places,
     returned = Adapted(nn.Linear(12, 12), Bottleneck(12, bottleneck))(torch.ones(1, 2, 12))
     if not torch.is_tensor(returned):
         return {"returned": repr(returned)[:100]}
-    model = Llama(LlamaConfig(31, 12, 20, layers, 2, 1)).to(getattr(torch, dtype))
+    if large:
+        model = constant_llama(4096, 1024, 1024, layers, 2, 1)
+    else:
+        model = Llama(LlamaConfig(31, 12, 20, layers, 2, 1)).to(getattr(torch, dtype))
     with seeing(add_adapters, Adapter=Bottleneck):
         add_adapters(model, bottleneck, places)
     input_ids = torch.arange(2 * seq).view(2, seq)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    if large:
+        model(input_ids).square().mean().backward()
+        optimizer.step()
+        return {"what is trained": sorted(name for name, p in model.named_parameters() if p.grad is not None)}
     tensors = tensors_of_step(
         lambda: model(input_ids).float().square().mean(), model.parameters(), optimizer, not_counted=[input_ids]
     )
@@ -78,7 +86,7 @@ check_adapted_memory = Exercise(
     spec=[Adapted, add_adapters],
     cases=lambda generator: [adapted_memory_case(generator), adapted_memory_case(generator, ["mlp"], "bfloat16")],
     driver=drive_adapted_memory,
-    helpers=[seeing, adapter_class, tensors_kept],
+    helpers=[seeing, adapter_class, tensors_kept, constant_llama],
     reading=read_adapted_memory,
     # Gradients and optimizer state belong to the adapters, and are counted to the byte.
     tolerance=lambda case: {WEIGHTS: 64},

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import fill, seeing
 from autograder.checks.adapters.adapted import FROZEN, MOVED, NEW_ADAPTER, OUTPUT, Adapted, add_adapters
 from autograder.checks.adapters.helpers import adapter_class
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import fill, seeing
 
 
 def add_case(

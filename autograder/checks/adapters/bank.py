@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between, normal
-from autograder.drive import Observation
-from autograder.exercise import Exercise
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 
 
 class AdapterBank(nn.Module):

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.adapters.adapter import CHANGE, DOWN, GELU, SQUEEZED, START_DOWN, START_UP_BIAS, SUM, UP, Adapter
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def adapter_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] | None = None) -> dict:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autograder.cases import between, normal
-from autograder.drive import Observation
-from autograder.exercise import Exercise
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 
 
 def join(first: dict[str, Tensor], second: dict[str, Tensor], weights: tuple[float, float]) -> dict[str, Tensor]:

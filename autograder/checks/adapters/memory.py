@@ -2,11 +2,11 @@
 
 import torch
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.adapters.adapter import CHANGE, DOWN, GELU, SQUEEZED, START_DOWN, START_UP_BIAS, SUM, UP, Adapter
 from autograder.checks.adapters.helpers import tensors_kept
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def adapter_memory_case(generator: torch.Generator) -> dict:
@@ -14,14 +14,24 @@ def adapter_memory_case(generator: torch.Generator) -> dict:
     return {"hidden": between(generator, 60, 90), "bottleneck": between(generator, 7, 12), "rows": between(generator, 40, 50)}
 
 
-def drive_adapter_memory(Adapter, hidden, bottleneck, rows):
-    """Take a training step; return what is there after it, and what forward kept for backward."""
+def drive_adapter_memory(Adapter, hidden, bottleneck, rows, copies=1):
+    """Take a training step; return what is there after it, and what forward kept for backward.
+
+    Of several adapters, which all read the same h, a sample is returned.
+    """
     import torch
 
     from peftlab.memory import tensors_of_step
 
-    adapter = Adapter(hidden, bottleneck)
     h = torch.ones(rows, hidden, requires_grad=True)  # its gradient is wanted by the layers below
+    if copies > 1:
+        adapters = [Adapter(hidden, bottleneck) for _ in range(copies)]
+        for adapter in adapters:
+            torch.nn.init.constant_(adapter.down.weight, 0.01)
+            torch.nn.init.constant_(adapter.up.weight, 0.01)
+        sum(adapter(h).sum() for adapter in adapters).backward()
+        return {"a sample of the outcome": h.grad[0] / copies}
+    adapter = Adapter(hidden, bottleneck)
     optimizer = torch.optim.AdamW([p for p in adapter.parameters() if p.requires_grad], lr=1e-3)
     returned = adapter(h.detach().clone())
     if not torch.is_tensor(returned):

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from autograder.cases import normal
+from autograder.checking.cases import normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import fill
 from autograder.checks.bitfit.cases import llama_sizes
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import fill
 from peftlab.llama import Llama
 
 

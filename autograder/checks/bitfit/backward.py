@@ -2,7 +2,9 @@
 
 import torch
 
-from autograder.cases import between
+from autograder.checking.cases import between
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.bitfit.biased_linear import (
     ADD_ROWS,
     KEPT,
@@ -15,8 +17,6 @@ from autograder.checks.bitfit.biased_linear import (
     biased_linear_backward,
 )
 from autograder.checks.bitfit.cases import numbers
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def backward_case(generator: torch.Generator, *batch: int, dtype: torch.dtype = torch.float32) -> dict:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
 
 
 def llama_sizes(generator: torch.Generator, layers: int = 2) -> list[int]:

@@ -2,10 +2,10 @@
 
 import torch
 
-from autograder.cases import between, normal
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import fill
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import fill
 from peftlab.llama import LlamaAttention
 
 

@@ -2,7 +2,9 @@
 
 import torch
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.bitfit.biased_linear import (
     KEPT,
     OUTPUT,
@@ -13,8 +15,6 @@ from autograder.checks.bitfit.biased_linear import (
     biased_linear_backward,
 )
 from autograder.checks.bitfit.cases import numbers
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def bias_memory_case(generator: torch.Generator, *batch: int, dtype: torch.dtype = torch.float32) -> dict:
@@ -31,8 +31,11 @@ def bias_memory_case(generator: torch.Generator, *batch: int, dtype: torch.dtype
     }
 
 
-def drive_bias_memory(biased_linear, biased_linear_backward, x, weight, bias):
-    """Make a layer of the two functions, take a training step, and return what was kept and what came out."""
+def drive_bias_memory(biased_linear, biased_linear_backward, x, weight, bias, copies=1):
+    """Make a layer of the two functions, take a training step, and return what was kept and what came out.
+
+    With copies, so many times the rows go through as many layers, one after the other, and a sample is returned.
+    """
     import torch
     from torch import nn
 
@@ -50,6 +53,14 @@ def drive_bias_memory(biased_linear, biased_linear_backward, x, weight, bias):
             x_gradient, bias_gradient = biased_linear_backward(ctx.saved_tensors, output_gradient)
             return x_gradient, None, bias_gradient
 
+    if copies > 1:
+        x = x.repeat(copies, 1).requires_grad_()
+        bias.requires_grad_()
+        h = x
+        for _ in range(copies):
+            h = BiasedLinear.apply(h, weight, bias)
+        h.sum().backward()
+        return {"a sample of the outcome": x.grad[0]}
     x.requires_grad_(True)  # its gradient is wanted by the layers below
     parameters = [nn.Parameter(weight, requires_grad=False), nn.Parameter(bias)]
     optimizer = torch.optim.AdamW(parameters[1:], lr=1e-3)

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import constant_llama, fill
 from autograder.checks.bitfit.cases import llama_sizes
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 from peftlab.llama import RMSNorm
 
 
@@ -36,14 +37,17 @@ def train_case(generator: torch.Generator, layers: int = 1) -> dict:
 
 
 def drive_train(train_biases, train_norm_gains, sizes, weights, input_ids):
-    """Prepare a biased LLaMA with misleading names for either method in turn, and take a training step each time."""
+    """Prepare a biased LLaMA with misleading names for either method in turn, and take a training step each time.
+
+    Where no weights are given, the model may be too large for its tensors to be noted.
+    """
     import torch
     from torch import nn
 
     from peftlab.llama import Llama, LlamaConfig, causal_loss
     from peftlab.memory import tensors_of_step
 
-    model = Llama(LlamaConfig(*sizes))
+    model = constant_llama(*sizes) if weights is None else Llama(LlamaConfig(*sizes))
     for layer in model.model.layers:
         for module in list(layer.modules()):
             if isinstance(module, nn.Linear):
@@ -54,8 +58,8 @@ def drive_train(train_biases, train_norm_gains, sizes, weights, input_ids):
         layer.mlp.norm_proj = nn.Linear(5, 3, bias=False)
         layer.mlp.gate_norm = nn.Linear(3, 5, bias=False)
         layer.mlp.short_conv = nn.Conv1d(3, 5, 2)  # has a bias, and is no nn.Linear
-    count = sum(p.numel() for p in model.parameters())
-    nn.utils.vector_to_parameters(weights[:count], model.parameters())
+    if weights is not None:
+        fill(model, weights)
     model.model.layers[0].self_attn.requires_grad_(False)  # whatever somebody did with the model before
 
     seen = {}
@@ -66,8 +70,12 @@ def drive_train(train_biases, train_norm_gains, sizes, weights, input_ids):
         seen[method] = sorted(chosen)
         if chosen and method != "biases again":
             optimizer = torch.optim.AdamW(chosen.values(), lr=0.0)
-            step = tensors_of_step(lambda: causal_loss(model, input_ids, input_ids), model.parameters(), optimizer)
-            seen[method + ", bytes"] = [sum(tensor.nbytes for tensor in step[kind]) for kind in step]
+            if weights is None:
+                causal_loss(model, input_ids, input_ids).backward()
+                optimizer.step()
+            else:
+                step = tensors_of_step(lambda: causal_loss(model, input_ids, input_ids), model.parameters(), optimizer)
+                seen[method + ", bytes"] = [sum(tensor.nbytes for tensor in step[kind]) for kind in step]
             seen[method + ", gradients"] = sorted(name for name, p in model.named_parameters() if p.grad is not None)
     layer = nn.Linear(3, 4).requires_grad_(False)
     try:
@@ -109,6 +117,7 @@ check_train = Exercise(
     spec=[train_biases, train_norm_gains],
     cases=lambda generator: [train_case(generator)],
     driver=drive_train,
+    helpers=[fill, constant_llama],
     reading=read_train,
     at_most=frozenset(f"{kind} after {after}" for kind in _KINDS for after in ("train_biases", "train_norm_gains")),
     mistakes={

@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from autograder.exercise import Exercise
 from peftlab.choosing import ACCESS, Job, Option, Reason
 
 

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from autograder.cases import between
+from autograder.checking.cases import between
 
 
 def dice(generator: torch.Generator) -> random.Random:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from autograder.drive import Observation
-from autograder.exercise import Exercise
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 
 
 def choose_for() -> dict[str, str]:

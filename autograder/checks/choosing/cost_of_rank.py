@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import torch
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from autograder.exercise import Exercise
 from peftlab.memory import StepMemory
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from autograder.exercise import Exercise
 
 
 def heaviest_batch(lengths: Sequence[int], batch_size: int) -> tuple[int, int]:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from autograder.cases import between
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 
 
 def largest_batch(peak: Callable[[int], float], usable: float, limit: int) -> int:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from autograder.exercise import Exercise
 from peftlab.comparison import machine
 from peftlab.results import Row
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from autograder.exercise import Exercise
 
 
 def pareto_front(points: Mapping[str, tuple[float, float, float]]) -> list[str]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from autograder.exercise import Exercise
 from peftlab.choosing import ACCESS, Job, Option, Reason, Recommendation, Refusal
 
 

@@ -7,8 +7,8 @@ from statistics import mean
 
 import torch
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from autograder.exercise import Exercise
 from peftlab.comparison import late_loss
 from peftlab.results import Row
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from autograder.cases import between
+from autograder.checking.cases import between
 
 TENSORS_OF_A_LAYER = 9
 """Four projections of attention, three of the MLP, two norms."""

@@ -2,7 +2,10 @@
 
 import torch
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import constant_llama
 from autograder.checks.layer_freezing.cases import parts, sizes_of_a_llama
 from autograder.checks.layer_freezing.last_and_first import (
     FREEZE_FIRST,
@@ -18,8 +21,6 @@ from autograder.checks.layer_freezing.last_and_first import (
     train_last,
 )
 from autograder.checks.layer_freezing.train_last import check_train_last
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def freezing_memory_case(
@@ -37,8 +38,11 @@ def freezing_memory_case(
     }
 
 
-def drive_freezing_memory(train_last, train_first, sizes, tied, dtype, seed, count, input_ids):
-    """For each end, take a training step with an optimizer that was built before, over all of the model's parameters."""
+def drive_freezing_memory(train_last, train_first, sizes, tied, dtype, seed, count, input_ids, large=False):
+    """For each end, take a training step with an optimizer that was built before, over all of the model's parameters.
+
+    Of a large model it is returned what has a gradient, and no tensor.
+    """
     import torch
 
     from peftlab.llama import Llama, LlamaConfig, causal_loss
@@ -46,14 +50,21 @@ def drive_freezing_memory(train_last, train_first, sizes, tied, dtype, seed, cou
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Llama(LlamaConfig(*sizes, tie_word_embeddings=tied)).to(getattr(torch, dtype))
+        model = (
+            constant_llama(*sizes) if large else Llama(LlamaConfig(*sizes, tie_word_embeddings=tied)).to(getattr(torch, dtype))
+        )
     seen = {}
     for name, function in (("train_last", train_last), ("train_first", train_first)):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         function(model, count)
-        seen[name] = tensors_of_step(
-            lambda: causal_loss(model, input_ids, input_ids), model.parameters(), optimizer, not_counted=[input_ids]
-        )
+        if large:
+            causal_loss(model, input_ids, input_ids).backward()
+            optimizer.step()
+            seen[name] = {}
+        else:
+            seen[name] = tensors_of_step(
+                lambda: causal_loss(model, input_ids, input_ids), model.parameters(), optimizer, not_counted=[input_ids]
+            )
         seen[name]["names"] = [own for own, parameter in model.named_parameters() if parameter.grad is not None]
         model.zero_grad()
     return seen
@@ -84,6 +95,7 @@ check_freezing_memory = Exercise(
     spec=[train_last, train_first],
     cases=lambda generator: [freezing_memory_case(generator), freezing_memory_case(generator, layers=(12, 12), count=2)],
     driver=drive_freezing_memory,
+    helpers=[constant_llama],
     reading=read_freezing_memory,
     at_most=frozenset(f"{SAVED} after {name}({count})" for name in ("train_last", "train_first") for count in range(9)),
     mistakes={

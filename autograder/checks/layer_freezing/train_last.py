@@ -2,7 +2,9 @@
 
 import torch
 
-from autograder.cases import between
+from autograder.checking.cases import between
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.layer_freezing.cases import parts, sizes_of_a_llama
 from autograder.checks.layer_freezing.last_and_first import (
     FREEZE_FIRST,
@@ -17,8 +19,6 @@ from autograder.checks.layer_freezing.last_and_first import (
     train_first,
     train_last,
 )
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def freezing_case(generator: torch.Generator, tied: bool) -> dict:

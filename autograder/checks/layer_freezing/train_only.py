@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from autograder.cases import between
+from autograder.checking.cases import between
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.layer_freezing.cases import parts, sizes_of_a_llama
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 from peftlab.llama import Llama
 
 

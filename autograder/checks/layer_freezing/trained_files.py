@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between, read_safetensors
+from autograder.checking.cases import between, read_safetensors
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import read_file
 from autograder.checks.layer_freezing.cases import parts
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import read_file
 
 
 def save_trained(model: nn.Module, path: str | Path) -> None:

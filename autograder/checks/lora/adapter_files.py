@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autograder.cases import between, normal, read_safetensors
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import attempt, fill, read_file, try_misfits
+from autograder.checking.cases import between, normal, read_safetensors
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import attempt, fill, read_file, try_misfits
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.exercise import Exercise
 from autograder.checks.lora.lora_linear import COMPRESSED, RETURNED, SCALED, UPDATE, LoRALinear
-from autograder.exercise import Exercise
 
 
 def forward_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, bias: bool = False) -> dict:

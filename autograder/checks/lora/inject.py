@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from autograder.cases import normal
-from autograder.drive import Observation
-from autograder.exercise import Exercise
+from autograder.checking.cases import normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 
 
 def inject(model: nn.Module, target_modules: Sequence[str], make_layer: Callable[[nn.Linear], nn.Module]) -> list[str]:

@@ -1,36 +1,50 @@
 """LoRALinear: measured memory."""
 
-from autograder.cases import between, total_bytes
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.lora.lora_linear import COMPRESSED, RETURNED, SCALED, UPDATE, LoRALinear
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
-def drive_memory(LoRALinear, in_features, out_features, rank, rows):
+def drive_memory(LoRALinear, in_features, out_features, rank, rows, copies=1):
     """Take a training step; return what is there after it, and what forward kept for backward.
 
     The base is filled with a constant: a random 4096 x 4096 matrix would take longer to draw than all the rest.
+    Of several layers, which all read the same x, a sample is returned.
     """
     import torch
     from torch import nn
 
     from peftlab.memory import tensors_of_step
 
-    base = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
-    nn.init.constant_(base.weight, 0.01)
-    layer = LoRALinear(base, rank=rank, alpha=2.0 * rank)
+    def make_layer():
+        base = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
+        nn.init.constant_(base.weight, 0.01)
+        layer = LoRALinear(base, rank=rank, alpha=2.0 * rank)
+        nn.init.constant_(layer.lora_A, 0.01)
+        nn.init.constant_(layer.lora_B, 0.01)
+        return layer
+
     x = torch.ones(rows, in_features, requires_grad=True)  # its gradient is wanted by the layers below
+    if copies > 1:
+        layers = [make_layer() for _ in range(copies)]
+        sum(layer(x).sum() for layer in layers).backward()
+        return {"a sample of the outcome": x.grad[0] / copies}
+    layer = make_layer()
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
-    tensors = tensors_of_step(lambda: layer(x).sum(), layer.parameters(), optimizer, not_counted=[x])
     if in_features >= 1024:  # too large to send: the process is measured from outside
-        return {"shape": list(layer(x).shape)}
+        output = layer(x)
+        output.sum().backward()
+        optimizer.step()
+        return {"shape": list(output.shape), "sample": output.detach()[:, :8].clone()}
+    tensors = tensors_of_step(lambda: layer(x).sum(), layer.parameters(), optimizer, not_counted=[x])
     return tensors | {"kept": {name: tensor.detach() for name, tensor in layer.state_dict().items()}}
 
 
 def read_memory(observation: Observation, case: dict) -> Observation:
     """Count the bytes of the tensors that came back."""
     if "shape" in observation:
-        return {"the shape of the output": observation["shape"]}
+        return {"the shape of the output": observation["shape"], "the output's first numbers": observation["sample"]}
     return {
         "gradient bytes": total_bytes(observation["gradients"]),
         "optimizer state bytes": total_bytes(observation["optimizer state"]),
@@ -49,6 +63,7 @@ def memory_tolerance(case: dict) -> dict[str, float]:
         "peak bytes": 32 * 2**20,
         "bytes that forward saves for backward, besides x and the weights,": factors,
         "bytes of weights and buffers": 64,
+        "the output's first numbers": 1e-2,  # 40.96 from the base and 6.6 from the update, sums of 4096 numbers
     }
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.exercise import Exercise
 from autograder.checks.lora.lora_linear import LoRALinear
-from autograder.exercise import Exercise
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import nn
 
-from autograder.cases import between, normal
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import fill
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import fill
 
 
 @torch.no_grad()

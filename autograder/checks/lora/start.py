@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.lora.lora_linear import RETURNED, LoRALinear
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def start_case(generator: torch.Generator, dtype: str = "float32") -> dict:

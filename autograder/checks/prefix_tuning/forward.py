@@ -4,7 +4,9 @@ import math
 
 import torch
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.prefix_attention import (
     CAST,
@@ -17,8 +19,6 @@ from autograder.checks.prefix_tuning.prefix_attention import (
     PrefixAttention,
 )
 from autograder.checks.prefix_tuning.rounding import LOW_PRECISION, cast, mean_error_of, relative_errors, rounding_tolerance
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def attention_case(

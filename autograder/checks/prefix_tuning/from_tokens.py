@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import fill
 from autograder.checks.prefix_tuning.prefix import Prefix
 from autograder.checks.prefix_tuning.rounding import LOW_PRECISION, cast, relative_errors, rounding_tolerance
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import fill
 from peftlab.llama import Llama, rotary_angles, rotate  # noqa: F401  (variants call rotate)
 
 

@@ -4,7 +4,9 @@ import math
 
 import torch
 
-from autograder.cases import between, normal, total_bytes
+from autograder.checking.cases import between, normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.prefix_tuning.elsewhere import ELSEWHERE, on_meta
 from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.prefix_attention import (
@@ -18,8 +20,6 @@ from autograder.checks.prefix_tuning.prefix_attention import (
     PrefixAttention,
 )
 from autograder.checks.prefix_tuning.rounding import LOW_PRECISION, cast, relative_errors, rounding_tolerance
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def memory_case(
@@ -45,8 +45,11 @@ def memory_case(
     }
 
 
-def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, tokens):
-    """Take a training step with a layer whose prefix is computed, then one with gradient checkpointing, and look elsewhere."""
+def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, tokens, large=False):
+    """Take a training step with a layer whose prefix is computed, then one with gradient checkpointing, and look elsewhere.
+
+    Of a large batch a sample is returned.
+    """
     import torch
     from torch import nn
 
@@ -67,6 +70,9 @@ def drive_memory(PrefixAttention, weights, raw_keys, raw_values, x, heads, token
     def loss():
         return base.run_layers(x, positions=positions).sum()
 
+    if large:
+        loss().backward()
+        return {"a sample of the outcome": nn.functional.normalize(prefix.keys.grad.flatten(), dim=0)}
     optimizer = torch.optim.AdamW(prefix.parameters(), lr=1e-3)
     seen = tensors_of_step(loss, parameters, optimizer, not_counted=[x])
     seen["kept"] = [tensor.detach() for tensor in [*parameters, *base.buffers()]]

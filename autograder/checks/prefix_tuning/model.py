@@ -5,13 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between, normal, total_bytes
+from autograder.checking.cases import between, normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import constant_llama
 from autograder.checks.prefix_tuning.elsewhere import ELSEWHERE, on_meta
 from autograder.checks.prefix_tuning.helpers import make_prefix
 from autograder.checks.prefix_tuning.prefix_attention import PrefixAttention
 from autograder.checks.prefix_tuning.rounding import rounding_tolerance
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 from peftlab.llama import LlamaModel
 
 
@@ -66,7 +67,10 @@ def model_case(
 
 
 def drive_model(PrefixModel, weights, keys, values, input_ids, padding, heads):
-    """Build the model around an attention of the driver's own; return its states, its gradients, and what it is made of."""
+    """Build the model around an attention of the driver's own; return its states, its gradients, and what it is made of.
+
+    Where no weights are given, the base is large, and it is returned what the model is made of.
+    """
     import torch
     from torch import nn
 
@@ -96,9 +100,13 @@ def drive_model(PrefixModel, weights, keys, values, input_ids, padding, heads):
             return self.attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
     layers, kv_heads, _, head_dim = keys.shape
-    base = LlamaModel(LlamaConfig(17, heads * head_dim, 2 * heads * head_dim, layers, heads, kv_heads))
-    nn.utils.vector_to_parameters(weights, base.parameters())
-    base, prefix = base.to(weights.dtype), make_prefix(keys, values)
+    sizes = (17, heads * head_dim, 2 * heads * head_dim, layers, heads, kv_heads)
+    if weights is None:
+        base = constant_llama(*sizes).model
+    else:
+        base = LlamaModel(LlamaConfig(*sizes))
+        nn.utils.vector_to_parameters(weights, base.parameters())
+    base, prefix = base.to(keys.dtype), make_prefix(keys, values)
     originals = [layer.self_attn for layer in base.layers]
     model = PrefixModel(base, prefix, Attends)
     parameters = list(model.parameters())
@@ -114,6 +122,11 @@ def drive_model(PrefixModel, weights, keys, values, input_ids, padding, heads):
     }
     if sorted(parameter.shape for parameter in trained) != sorted([keys.shape, values.shape]):
         return seen
+    if weights is None:
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        model(input_ids).sum().backward()
+        optimizer.step()
+        return seen | {"the trained parameters have a gradient": all(parameter.grad is not None for parameter in trained)}
     states = model(input_ids)
     if not torch.is_tensor(states):
         return seen | {"what forward returns": repr(states)}
@@ -167,7 +180,7 @@ check_prefix_model = Exercise(
     spec=[PrefixModel],
     cases=lambda generator: [model_case(generator)],
     driver=drive_model,
-    helpers=[make_prefix],
+    helpers=[make_prefix, constant_llama],
     reading=read_model,
     tolerance=lambda case: rounding_tolerance(
         case,

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.prefix_tuning.prefix import Prefix
 from autograder.checks.prefix_tuning.rounding import rounding_tolerance
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 class ReparameterizedPrefix(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autograder.drive import Observation
+from autograder.checking.drive import Observation
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between, normal
-from autograder.exercise import Exercise
+from autograder.checking.cases import between, normal
+from autograder.checking.exercise import Exercise
 
 
 def diagnose(prompted: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], steps: int) -> str:

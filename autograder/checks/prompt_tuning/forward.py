@@ -2,6 +2,8 @@
 
 import torch
 
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.prompt_tuning.cases import exact_case, prompted_case
 from autograder.checks.prompt_tuning.helpers import run_exactly
 from autograder.checks.prompt_tuning.prompted_model import (
@@ -14,8 +16,6 @@ from autograder.checks.prompt_tuning.prompted_model import (
     SEQUENCE,
     PromptedModel,
 )
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def drive_prompted(PromptedModel, sizes, weights, start, input_ids, attention_mask, output_gradient, exact):

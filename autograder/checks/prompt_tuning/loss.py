@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
-from autograder.exercise import Exercise
+from autograder.checking.cases import between, normal
+from autograder.checking.exercise import Exercise
 from peftlab.llama import IGNORE
 
 

@@ -2,7 +2,10 @@
 
 import torch
 
-from autograder.cases import total_bytes
+from autograder.checking.cases import total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import constant_llama
 from autograder.checks.prompt_tuning.cases import prompted_case
 from autograder.checks.prompt_tuning.forward import check_prompted_forward
 from autograder.checks.prompt_tuning.prompted_model import (
@@ -15,8 +18,6 @@ from autograder.checks.prompt_tuning.prompted_model import (
     SEQUENCE,
     PromptedModel,
 )
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def memory_case(generator: torch.Generator, side: str = "left", layers: int = 1) -> dict:
@@ -26,17 +27,27 @@ def memory_case(generator: torch.Generator, side: str = "left", layers: int = 1)
 
 
 def drive_prompted_memory(PromptedModel, sizes, weights, start, input_ids, attention_mask):
-    """Take a training step; return what is there after it, and what forward kept for backward."""
+    """Take a training step; return what is there after it, and what forward kept for backward.
+
+    Where no weights are given, the base is large, and it is returned what has a gradient.
+    """
     import torch
     from torch import nn
 
     from peftlab.llama import LlamaConfig, LlamaModel
     from peftlab.memory import tensors_of_step
 
-    base = LlamaModel(LlamaConfig(*sizes))
-    nn.utils.vector_to_parameters(weights, base.parameters())
+    if weights is None:
+        base = constant_llama(*sizes).model
+    else:
+        base = LlamaModel(LlamaConfig(*sizes))
+        nn.utils.vector_to_parameters(weights, base.parameters())
     model = PromptedModel(base, start)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    if weights is None:
+        model(input_ids, attention_mask).sum().backward()
+        optimizer.step()
+        return {"the shapes of what has a gradient": [list(p.shape) for p in model.parameters() if p.grad is not None]}
     known = [weights, start, input_ids, *([] if attention_mask is None else [attention_mask])]
     tensors = tensors_of_step(lambda: model(input_ids, attention_mask).sum(), model.parameters(), optimizer, not_counted=known)
     cached = {f"self.{name}": held for name, held in vars(model).items() if torch.is_tensor(held)}
@@ -74,6 +85,7 @@ check_prompted_memory = Exercise(
     spec=[PromptedModel],
     cases=lambda generator: [memory_case(generator)],
     driver=drive_prompted_memory,
+    helpers=[constant_llama],
     reading=read_memory,
     tolerance=memory_tolerance,
     at_most=frozenset({"gradient bytes", "optimizer state bytes", "bytes of weights and buffers", _SAVED}),

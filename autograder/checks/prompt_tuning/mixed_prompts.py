@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import normal
+from autograder.checking.cases import normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.prompt_tuning.cases import exact_case, prompted_case
 from autograder.checks.prompt_tuning.helpers import run_exactly
 from autograder.checks.prompt_tuning.prompted_model import FREEZE
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 from peftlab.llama import LlamaModel
 
 

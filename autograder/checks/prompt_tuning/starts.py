@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between, normal
-from autograder.drive import Observation
-from autograder.exercise import Exercise
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 
 
 def random_start(length: int, hidden: int) -> Tensor:

@@ -4,6 +4,7 @@ No check needs a quantizer: packed bytes, statistics and levels are random numbe
 type can be known beforehand. Where a case rounds to 16 bits, its numbers are such that right answers agree to the bit.
 """
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.qlora.adamw_cases import adamw_case
 from autograder.checks.qlora.cases import nf4_case
 from autograder.checks.qlora.fast_dequantize import check_fast_dequantize, fast_case
@@ -14,7 +15,6 @@ from autograder.checks.qlora.model import check_qlora, qlora_case
 from autograder.checks.qlora.optimizer import check_adamw_8bit
 from autograder.checks.qlora.prepare import check_prepare, prepare_case
 from autograder.checks.qlora.qlora_layer import check_qlora_layer, qlora_layer_case
-from autograder.exercise import Exercise
 
 EXERCISES = {name: exercise for name, exercise in globals().items() if isinstance(exercise, Exercise)}
 """Every exercise of the unit, by the name of its check."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import EPS, between, normal
+from autograder.checking.cases import EPS, between, normal
 from autograder.checks.qlora.adamw_8bit import from_8bit, to_8bit
 from autograder.checks.qlora.cases import random_bytes
 from peftlab.dynamic_code import nearest_code

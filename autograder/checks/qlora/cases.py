@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal, uneven_levels
+from autograder.checking.cases import between, normal, uneven_levels
 
 
 def random_bytes(generator: torch.Generator, *shape: int) -> Tensor:

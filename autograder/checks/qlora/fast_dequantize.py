@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, uneven_levels
+from autograder.checking.cases import between, uneven_levels
+from autograder.checking.exercise import Exercise
 from autograder.checks.qlora.cases import random_bytes
-from autograder.exercise import Exercise
 
 
 def dequantize_nf4(
@@ -35,13 +35,20 @@ def fast_case(generator: torch.Generator, dtype: str = "float32", block_size: in
     }
 
 
-def drive_dequantize_nf4(dequantize_nf4, packed, absmax, levels, shape, dtype, block_size):
-    """Dequantize, and follow every allocation while that is going on; then do it on the device "meta"."""
+def drive_dequantize_nf4(dequantize_nf4, packed, absmax, levels, shape, dtype, block_size, copies=1):
+    """Dequantize, and follow every allocation while that is going on; then do it on the device "meta".
+
+    Of several copies of the weight, one below the other, a sample is returned.
+    """
     import torch
 
     from peftlab.tracker import PeftMemTracker
 
     target = (tuple(shape), getattr(torch, dtype), *(() if block_size == 64 else (block_size,)))
+    if copies > 1:
+        target = ((copies * shape[0], shape[1]), *target[1:])
+        weight = dequantize_nf4(packed.repeat(copies, 1), absmax.repeat(copies), levels, *target)
+        return {"a sample of the outcome": weight[:: shape[0] // 2].clone()}
     tracker = PeftMemTracker()
     tracker.track_external(packed, absmax, levels)
     with tracker:

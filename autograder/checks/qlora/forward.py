@@ -2,7 +2,9 @@
 
 import torch
 
-from autograder.cases import EPS
+from autograder.checking.cases import EPS
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import seeing
 from autograder.checks.qlora.cases import nf4_case
 from autograder.checks.qlora.nf4_linear import (
     ABSMAX_BUFFER,
@@ -15,8 +17,6 @@ from autograder.checks.qlora.nf4_linear import (
     NF4Linear,
     NF4Product,
 )
-from autograder.exercise import Exercise
-from autograder.helpers import seeing
 
 
 def drive_nf4_linear(

@@ -2,7 +2,10 @@
 
 import torch
 
-from autograder.cases import normal, total_bytes
+from autograder.checking.cases import normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import seeing
 from autograder.checks.qlora.cases import nf4_case, random_bytes
 from autograder.checks.qlora.nf4_linear import (
     ABSMAX_BUFFER,
@@ -15,9 +18,6 @@ from autograder.checks.qlora.nf4_linear import (
     NF4Linear,
     NF4Product,
 )
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import seeing
 
 
 def nf4_memory_case(generator: torch.Generator, compute: str = "float32", double: bool = True) -> dict:
@@ -39,8 +39,13 @@ def nf4_memory_case(generator: torch.Generator, compute: str = "float32", double
     }
 
 
-def drive_nf4_memory(NF4Product, NF4Linear, packed, absmax, nested_absmax, offset, levels, shape, compute, x, output_gradient):
-    """Run forward and backward while every allocation is followed; return the numbers, and the bytes that the layer keeps."""
+def drive_nf4_memory(
+    NF4Product, NF4Linear, packed, absmax, nested_absmax, offset, levels, shape, compute, x, output_gradient, copies=1
+):
+    """Run forward and backward while every allocation is followed; return the numbers, and the bytes that the layer keeps.
+
+    Of several layers, one after the other, every second one the other way round, a sample is returned.
+    """
     import torch
 
     from peftlab.memory import whole_storage
@@ -54,6 +59,14 @@ def drive_nf4_memory(NF4Product, NF4Linear, packed, absmax, nested_absmax, offse
         statistics = (absmax,) if nested_absmax is None else (absmax, nested_absmax, offset)
         layer = NF4Linear(packed, statistics, levels, tuple(shape), getattr(torch, compute))
         x.requires_grad_(True)
+        if copies > 1:
+            shapes = [tuple(shape), tuple(shape[::-1])] * (copies // 2)
+            layers = [NF4Linear(packed, statistics, levels, each, getattr(torch, compute)) for each in shapes]
+            h = x
+            for layer in layers:
+                h = layer(h) / 50
+            h.backward(output_gradient)
+            return {"a sample of the outcome": torch.nn.functional.normalize(x.grad[0], dim=0)}
         tracker = PeftMemTracker()
         tracker.track_external(layer, x, output_gradient, packed, levels, *statistics)
         with tracker:

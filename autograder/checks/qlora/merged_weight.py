@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import between
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 
 
 @torch.no_grad()

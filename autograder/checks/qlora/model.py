@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import constant_llama, fill, seeing
 from autograder.checks.qlora.qlora_layer import QLoRALinear
-from autograder.exercise import Exercise
-from autograder.helpers import fill, seeing
 
 
 def qlora(
@@ -44,10 +44,13 @@ def qlora_case(generator: torch.Generator, tied: bool = False, stored: str = "fl
     }
 
 
-def drive_qlora(qlora, weights, tied, layers, rank, alpha, stored, input_ids, factors):
+def drive_qlora(qlora, weights, tied, layers, rank, alpha, stored, input_ids, factors, filler_bytes=0):
     """Quantize a tiny LLaMA with a toy quantizer, and take a training step under gradient checkpointing.
 
     While it runs, `QLoRALinear` is ours, whatever the student's is: that has a check of its own.
+
+    With a filler the model is large. The filler is made with the last quantized weight, so that the process is largest then, and by
+    what is still there; the names of the new layers are returned.
     """
     import dataclasses
     import weakref
@@ -81,11 +84,13 @@ def drive_qlora(qlora, weights, tied, layers, rank, alpha, stored, input_ids, fa
     def quantize(linear):
         alive.append(sum(weight() is not None for weight in given))
         given.append(weakref.ref(linear.weight))
-        return Toy(linear)
+        quantized = Toy(linear)
+        if filler_bytes and len(given) == 7 * layers:
+            torch.ones(filler_bytes, dtype=torch.uint8)
+        return quantized
 
     config = dataclasses.replace(LlamaConfig(40, 16, 24, layers, 2, 1), tie_word_embeddings=tied)
-    model = Llama(config)
-    fill(model, weights)
+    model = constant_llama(40, 512, 1024, layers, 2, 1) if filler_bytes else fill(Llama(config), weights)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "proj" not in name}
     dtype = getattr(torch, stored)
     with seeing(qlora, QLoRALinear=QLoRALinear):
@@ -93,6 +98,8 @@ def drive_qlora(qlora, weights, tied, layers, rank, alpha, stored, input_ids, fa
         given_dtype = {} if stored == "float32" else {"dtype": dtype}
         returned = qlora(model, quantize, *given_settings, **given_dtype)
     on_base = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    if filler_bytes:
+        return {"the list of layers with LoRA": sorted(on_base)}
     seen = {
         "the list of layers with LoRA": sorted(on_base),
         "the list that qlora returns": returned if returned is None else sorted(returned),
@@ -153,7 +160,7 @@ check_qlora = Exercise(
     spec=[qlora],
     cases=lambda generator: [qlora_case(generator), qlora_case(generator, tied=True, stored="bfloat16", by_default=True)],
     driver=drive_qlora,
-    helpers=[fill, seeing],
+    helpers=[fill, seeing, constant_llama],
     tolerance=qlora_tolerance,
     at_most=frozenset({_IN_MEMORY}),
     mistakes={

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import EPS, total_bytes
+from autograder.checking.cases import EPS, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.qlora.adamw_8bit import AdamW8bit, from_8bit, to_8bit
 from autograder.checks.qlora.adamw_cases import adamw_case
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 from peftlab.dynamic_code import dynamic_code
 
 
@@ -25,13 +25,27 @@ def drive_adamw(
     betas,
     eps,
     weight_decay,
+    large=0,
+    filler_bytes=0,
 ):
-    """Quantize some numbers; then train parameters of several sizes, in two groups, with given gradients."""
+    """Quantize some numbers; then train parameters of several sizes, in two groups, with given gradients.
+
+    If asked to, it trains so many large parameters by one step instead, makes a filler then, and returns a sample.
+    """
     import torch
     from torch import nn
 
     from peftlab.memory import whole_storage
 
+    if large:
+        parameters = [nn.Parameter(torch.ones(2**20)) for _ in range(large)]
+        optimizer = AdamW8bit(parameters, lr=rates[0], betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        gradient = torch.ones(2**20)
+        for parameter in parameters:
+            parameter.grad = gradient
+        optimizer.step()
+        torch.ones(filler_bytes, dtype=torch.uint8)
+        return {"a sample of the outcome": torch.stack([parameter[:3].detach() for parameter in parameters])}
     seen = {}
     for signed, kind in ((True, "signed"), (False, "unsigned")):
         codes, absmax = to_8bit(numbers if signed else numbers.abs(), signed)

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from autograder.cases import between, normal, total_bytes
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import fill
+from autograder.checking.cases import between, normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import constant_llama, fill
 
 
 def prepare_for_training(model: nn.Module) -> None:
@@ -26,10 +26,11 @@ def prepare_case(generator: torch.Generator, tied: bool = False, dtype: str = "b
     }
 
 
-def drive_prepare(prepare_for_training, weights, tied, dtype, input_ids):
+def drive_prepare(prepare_for_training, weights, tied, dtype, input_ids, large=False):
     """Prepare a tiny LLaMA in 16 bits; measure what it keeps and what forward leaves.
 
     One projection has trained factors, and a trained number that is called otherwise; another has frozen factors.
+    Of a large model the dtypes are returned.
     """
     import dataclasses
 
@@ -54,13 +55,16 @@ def drive_prepare(prepare_for_training, weights, tied, dtype, input_ids):
             return self.base(x) + self.scale * self.magnitude.to(x.dtype) * update
 
     config = dataclasses.replace(LlamaConfig(40, 16, 24, 1, 2, 1), tie_word_embeddings=tied)
-    model = Llama(config)
-    fill(model, weights)
+    model = constant_llama(8192, 1024, 4096, 2, 2, 1, dtype=getattr(torch, dtype)) if large else fill(Llama(config), weights)
     model.to(getattr(torch, dtype)).requires_grad_(False)
     for layer in model.model.layers:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
         layer.self_attn.v_proj = Adapted(layer.self_attn.v_proj).requires_grad_(False)
     held = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if large:
+        prepare_for_training(model)
+        causal_loss(model, input_ids, input_ids).backward()
+        return {"the dict of dtypes": {name: str(p.dtype) for name, p in model.named_parameters()}}
     values = {name: p.detach().float() for name, p in model.named_parameters()}
     prepare_for_training(model)
     seen = {
@@ -111,7 +115,7 @@ check_prepare = Exercise(
     spec=[prepare_for_training],
     cases=lambda generator: [prepare_case(generator, tied=True), prepare_case(generator)],
     driver=drive_prepare,
-    helpers=[fill],
+    helpers=[fill, constant_llama],
     reading=read_prepare,
     at_most=frozenset({_PARAMETER_BYTES, _ACTIVATION_BYTES}),
     mistakes={

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from autograder.cases import EPS, between, normal, total_bytes
+from autograder.checking.cases import EPS, between, normal, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.qlora.cases import coarse, unit_rows
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 class QLoRALinear(nn.Module):
@@ -53,12 +53,20 @@ def qlora_layer_case(generator: torch.Generator, dtype: torch.dtype = torch.floa
     }
 
 
-def drive_qlora_layer(QLoRALinear, weight, lora_A, lora_B, alpha, stored, x, output_gradient):
-    """Put the layer on a base that multiplies by `weight` and keeps nothing; take a training step with it."""
+def drive_qlora_layer(QLoRALinear, weight, lora_A, lora_B, alpha, stored, x, output_gradient, copies=1):
+    """Put the layer on a base that multiplies by `weight` and keeps nothing; take a training step with it.
+
+    With copies the weight is so many times as high and wide, and a sample is returned.
+    """
     import torch
     from torch import nn
 
     from peftlab.memory import tensors_of_step
+
+    if copies > 1:
+        weight, lora_A, lora_B, x = (
+            weight.repeat(copies, copies), lora_A.repeat(1, copies), lora_B.repeat(copies, 1), x.repeat(1, 1, copies)
+        )  # fmt: skip
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -103,6 +111,9 @@ def drive_qlora_layer(QLoRALinear, weight, lora_A, lora_B, alpha, stored, x, out
         layer.lora_A.copy_(lora_A)
         layer.lora_B.copy_(lora_B)
     x.requires_grad_(True)
+    if copies > 1:
+        layer(x).sum().backward()
+        return {"a sample of the outcome": nn.functional.normalize(x.grad[0, 0, :64], dim=0)}
     output = layer(x)
     seen |= {"the dtype of the output": str(output.dtype), "the output": output.detach()}
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.0)

@@ -5,6 +5,7 @@ boundary between them, and nowhere else. The cases keep clear of the boundaries 
 are compared exactly. (Where a tie is the point, everything is a multiple of a power of two, and nothing is rounded.)
 """
 
+from autograder.checking.exercise import Exercise
 from autograder.checks.quantization.absmax_int8 import check_absmax_int8, int8_case
 from autograder.checks.quantization.bits import bits_case, check_bits
 from autograder.checks.quantization.dequantize import check_dequantize, dequantize_case
@@ -14,7 +15,6 @@ from autograder.checks.quantization.nearest_level import check_nearest_level, ne
 from autograder.checks.quantization.pack import check_pack, pack_case
 from autograder.checks.quantization.quantize import check_quantize, quantize_case
 from autograder.checks.quantization.to_blocks import blocks_case, check_to_blocks
-from autograder.exercise import Exercise
 
 EXERCISES = {name: exercise for name, exercise in globals().items() if isinstance(exercise, Exercise)}
 """Every exercise of the unit, by the name of its check."""

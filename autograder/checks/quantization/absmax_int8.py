@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import EPS, between
+from autograder.checking.cases import EPS, between
+from autograder.checking.exercise import Exercise
 from autograder.checks.quantization.cases import blocks_of_many_sizes
-from autograder.exercise import Exercise
 
 
 def absmax_int8(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 import torch
 
-from autograder.cases import between
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 
 
 def bits_per_parameter(bits: int, block_size: int = 64, nested_block_size: int | None = None) -> float:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
 
 
 def blocks_of_many_sizes(generator: torch.Generator, count: int, size: int) -> Tensor:

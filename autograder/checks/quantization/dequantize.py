@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, uneven_levels
+from autograder.checking.cases import between, uneven_levels
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import seeing
 from autograder.checks.quantization.levels import nf4_levels
 from autograder.checks.quantization.pack import unpack
-from autograder.exercise import Exercise
-from autograder.helpers import seeing
 
 
 def dequantize_4bit(

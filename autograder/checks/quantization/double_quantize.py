@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import EPS, between, total_bytes
-from autograder.drive import Observation
-from autograder.exercise import Exercise
+from autograder.checking.cases import EPS, between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from peftlab.dynamic_code import dynamic_code, nearest_code
 
 

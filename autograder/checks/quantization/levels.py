@@ -5,8 +5,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from autograder.cases import EPS
-from autograder.exercise import Exercise
+from autograder.checking.cases import EPS
+from autograder.checking.exercise import Exercise
 
 
 def normal_float_levels(bits: int, outermost: float = 0.9677083) -> Tensor:

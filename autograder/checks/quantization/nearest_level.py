@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autograder.exercise import Exercise
+from autograder.checking.exercise import Exercise
 
 
 def nearest_level(x: Tensor, levels: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, total_bytes
-from autograder.drive import Observation
-from autograder.exercise import Exercise
+from autograder.checking.cases import between, total_bytes
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 
 
 def pack(codes: Tensor) -> Tensor:

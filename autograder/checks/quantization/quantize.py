@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, total_bytes, uneven_levels
+from autograder.checking.cases import between, total_bytes, uneven_levels
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
+from autograder.checking.helpers import seeing
 from autograder.checks.quantization.cases import blocks_of_many_sizes, clear_of
 from autograder.checks.quantization.levels import nf4_levels
 from autograder.checks.quantization.nearest_level import nearest_level
 from autograder.checks.quantization.pack import pack
-from autograder.drive import Observation
-from autograder.exercise import Exercise
-from autograder.helpers import seeing
 
 
 def quantize_4bit(weight: Tensor, levels: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
-from autograder.exercise import Exercise
+from autograder.checking.cases import between, normal
+from autograder.checking.exercise import Exercise
 
 
 def to_blocks(weight: Tensor, block_size: int = 64) -> Tensor:

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.rank_decomposition.cases import eps_of
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def add_products(

@@ -2,8 +2,8 @@
 
 import torch
 
-from autograder.cases import between
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 
 
 def factor_parameters(out_features: int, in_features: int, rank: int) -> int:

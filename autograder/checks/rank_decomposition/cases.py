@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import normal
+from autograder.checking.cases import normal
 
 
 def orthonormal(generator: torch.Generator, rows: int, columns: int) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 from autograder.checks.rank_decomposition.helpers import as_number
-from autograder.exercise import Exercise
 
 
 def energy_rank(singular_values: Tensor, share: float) -> int:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.exercise import Exercise
 from autograder.checks.rank_decomposition.cases import eps_of
-from autograder.exercise import Exercise
 
 
 def factor_gradients(gradient: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from autograder.cases import between
+from autograder.checking.cases import between
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from autograder.checks.rank_decomposition.cases import eps_of
 from autograder.checks.rank_decomposition.helpers import as_number
-from autograder.drive import Observation
-from autograder.exercise import Exercise
 
 
 def stable_rank(singular_values: Tensor) -> float:

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 from autograder.checks.rank_decomposition.cases import eps_of, orthonormal
 from autograder.checks.rank_decomposition.helpers import as_number
-from autograder.exercise import Exercise
 
 
 def subspace_overlap(first: Tensor, second: Tensor) -> float:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between, normal
+from autograder.checking.cases import between, normal
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import PEAK_BYTES, Exercise
 from autograder.checks.rank_decomposition.add_products import RETURNED
 from autograder.checks.rank_decomposition.cases import eps_of, orthonormal
-from autograder.drive import Observation
-from autograder.exercise import PEAK_BYTES, Exercise
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from autograder.cases import between
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 from autograder.checks.rank_decomposition.cases import eps_of
 from autograder.checks.rank_decomposition.helpers import as_number
-from autograder.exercise import Exercise
 
 
 def truncation_error(singular_values: Tensor, rank: int) -> float:

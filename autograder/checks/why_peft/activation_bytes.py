@@ -5,9 +5,9 @@ from functools import cache
 
 import torch
 
-from autograder.cases import between
-from autograder.drive import Observation
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.drive import Observation
+from autograder.checking.exercise import Exercise
 from peftlab.llama import LlamaConfig
 from peftlab.simulate import simulate_training_step
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from autograder.cases import between
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 
 
 def adam_step(

@@ -2,7 +2,7 @@
 
 import torch
 
-from autograder.exercise import Exercise
+from autograder.checking.exercise import Exercise
 
 
 def classify(base: frozenset[str], trained: frozenset[str], deployed: frozenset[str]) -> str:

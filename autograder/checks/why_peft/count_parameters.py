@@ -4,8 +4,8 @@ from dataclasses import asdict
 
 import torch
 
-from autograder.cases import between
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 from peftlab.llama import PRESETS, LlamaConfig
 
 

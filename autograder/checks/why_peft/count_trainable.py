@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from autograder.cases import between
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:

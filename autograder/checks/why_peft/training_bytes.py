@@ -2,8 +2,8 @@
 
 import torch
 
-from autograder.cases import between
-from autograder.exercise import Exercise
+from autograder.checking.cases import between
+from autograder.checking.exercise import Exercise
 
 
 def training_bytes(parameters: int, adapted: int, trained: int, recipe: str) -> dict[str, float]:

@@ -1,0 +1,131 @@
+"""Build the rendered course: prose, pictures and outputs of an executed run, with the solutions folded, and a search.
+
+    python -m autograder.building.site [--folder site] [--executed FOLDER]
+
+Runs every master from top to bottom (cut short with `PEFTLAB_SHORT=1`), or takes notebooks that have been executed, and
+writes HTML. It needs the extra `site`.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from autograder.building.build import COURSE, ROOT, instructor_notebook
+from autograder.building.index import INDEX
+from autograder.building.run_masters import run
+from autograder.checking.masters import units, without_markers
+from peftlab import settings
+
+CONTENTS = """\
+# Parameter-efficient fine-tuning, from scratch
+
+```{{include}} introduction.md
+```
+
+```{{toctree}}
+:hidden:
+:caption: Units
+
+{units}
+```
+
+```{{toctree}}
+:hidden:
+:caption: Beside them
+
+README
+GLOSSARY
+SOURCES
+CHANGELOG
+docs/instructor_guide
+docs/anatomy
+docs/adding_an_exercise
+docs/on_colab
+```
+"""
+
+
+def page(executed: NotebookNode) -> NotebookNode:
+    """Return a notebook as it is shown: solutions and sample answers folded, hidden tests and set-up for Colab left out."""
+    shown = nbformat.from_dict(executed)
+    shown.cells = [cell for cell in shown.cells if "colab.prepare()" not in cell.source]
+    for cell in shown.cells:
+        solved = "### BEGIN SOLUTION" in cell.source
+        cell.source = re.sub(r"\n?### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", "", cell.source, flags=re.DOTALL)
+        cell.source = without_markers(cell.source)
+        if solved and cell.cell_type == "code":
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
+        elif solved:
+            cell.source = f"<details><summary>The rubric, and sample answers</summary>\n\n{cell.source}\n\n</details>"
+    return shown
+
+
+def lay_out(executed: dict[str, NotebookNode], folder: Path) -> None:
+    """Write Sphinx's sources to an empty folder: the pages, and the course's own index, glossary, sources and guides."""
+    for unit, notebook in executed.items():
+        (folder / unit).mkdir()
+        nbformat.write(page(notebook), folder / unit / f"{unit}.ipynb")
+    for name in ("README.md", "GLOSSARY.md", "SOURCES.md"):
+        text = (COURSE / name).read_text(encoding="utf-8")
+        text = re.sub(
+            r"## What comes before what.*?```\n\n(?=## )", "", text, flags=re.DOTALL
+        )  # GitHub draws it, Sphinx does not
+        (folder / name).write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "CHANGELOG.md", folder)
+    shutil.copy(ROOT / "docs" / "conf.py", folder)
+    (folder / "docs").mkdir()
+    for name in ("instructor_guide.md", "anatomy.md", "adding_an_exercise.md", "on_colab.md"):
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8").replace(f"../{INDEX}", "../README.md")
+        (folder / "docs" / name).write_text(text, encoding="utf-8")
+    # Up to the table of units: what the course is, and its pictures.
+    introduction = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n\n")[2].partition("<!-- units")[0].strip()
+    shutil.copytree(ROOT / "docs" / "images", folder / "docs" / "images")
+    (folder / "introduction.md").write_text(
+        f"{introduction}\n\nBegin with [the index of units](README.md).\n", encoding="utf-8"
+    )
+    listed = "\n".join(f"{unit}/{unit}" for unit in executed)
+    (folder / "index.md").write_text(CONTENTS.format(units=listed), encoding="utf-8")
+
+
+def build(executed: dict[str, NotebookNode], target: Path) -> int:
+    """Render the pages as HTML in `target`; return Sphinx's exit status: not 0 if anything warns, such as a dead link."""
+    from sphinx.cmd.build import build_main
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "source"
+        source.mkdir()
+        lay_out(executed, source)
+        return build_main(["-q", "-W", "--keep-going", "-d", f"{scratch}/doctrees", str(source), str(target)])
+
+
+def execute(unit: str) -> NotebookNode:
+    """Return a master with the outputs of a run from top to bottom."""
+    with tempfile.TemporaryDirectory() as scratch:
+        print(f"{unit}: running", flush=True)
+        return run(instructor_notebook(unit), Path(scratch), short=settings.short())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line described in this module's docstring; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m autograder.building.site", description="Build the rendered course.")
+    parser.add_argument("--folder", type=Path, default=ROOT / "site", help="where the pages go (default: site)")
+    parser.add_argument("--executed", type=Path, help="a folder with UNIT.ipynb, executed; default: run the masters")
+    options = parser.parse_args(arguments)
+    if options.executed:
+        executed = {unit: nbformat.read(options.executed / f"{unit}.ipynb", as_version=4) for unit in units()}
+    else:
+        executed = {unit: execute(unit) for unit in units()}
+    status = build(executed, options.folder)
+    if not status:
+        print(f"Open {options.folder / 'index.html'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How far the marks can be trusted."""

@@ -656,8 +656,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* First the column of mean |bias|: all seven kinds have gone about equally far, though section 9 will find gradients that differ by
-# factors of a thousand. That is AdamW, which divides each gradient by its recent size. So how far a bias has moved says nothing about what
+# *What to see.* First the column of mean |bias|: all seven kinds have gone about equally far, 0.0079 to 0.0093, though section 9 will find
+# gradients that differ by factors of a thousand. That is AdamW, which divides each gradient by its recent size. So how far a bias has moved says nothing about what
 # it does. (With other optimizers it might.)
 #
 # Then the figure. Where the blue bar stays at the dashed line, the other six kinds do without this one. Where the orange bar stays at the dotted line,

@@ -604,7 +604,6 @@ share = in_training / (134_515_008 + in_training)
 print(f"trained {in_training:,} ({share:.1%} of model and MLP), kept {kept:,}: {in_training / kept:.0f} times as many")
 
 # %% [markdown]
-# %% [markdown]
 # ## 5. Measured: which memory does a prefix save?
 #
 # Predict. Full fine-tuning of SmolLM2 holds gradients and two AdamW moments for each of its 134 million weights. Which of these bars will

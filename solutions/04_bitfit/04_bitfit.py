@@ -661,7 +661,8 @@ plots.show(
 # it does. (With other optimizers it might.)
 #
 # Then the figure. Where the blue bar stays at the dashed line, the other six kinds do without this one. Where the orange bar stays at the dotted line,
-# this kind alone does nothing. The keys come up again in section 9.
+# this kind alone does nothing. The keys' bars stand at both: their biases have moved as far as the others', and do next to nothing. Section 9 returns
+# to them.
 
 # %% [markdown]
 # ## 7. The comparison, measured

@@ -15,8 +15,8 @@
 #
 # A linear layer multiplies by a large matrix and then, often, adds a short vector, its bias. Ben Zaken et al. (2022) train only
 # these vectors of a BERT, 0.08% of its parameters, and come close to full fine-tuning where there are few examples. They
-# call it BitFit. A LLaMA has no biases at all: you will give it some, and see what they can do, what they cost, and which of them do
-# nothing.
+# call it BitFit. A LLaMA has no biases at all, like many large models since PaLM, whose authors found training more stable without. You
+# will give it some, and see what they can do, what they cost, and which of them do nothing.
 #
 # **When you have finished, you can**
 #
@@ -135,7 +135,8 @@ def add_biases(model: Llama) -> None:
 check_add_biases(add_biases)
 
 # %% [markdown]
-# Adding zero rounds nothing, so the logits must be the same to the last bit, in every dtype:
+# Adding zero rounds nothing, so on a CPU the logits are the same to the last bit, in either dtype. (A GPU may choose another kernel for a
+# product with a bias, which may round otherwise.)
 
 # %%
 for dtype in (torch.float32, torch.bfloat16):
@@ -152,8 +153,8 @@ for dtype in (torch.float32, torch.bfloat16):
 # Two functions, each of which decides for *every* parameter of the model whether it is trained, whatever was done with the model
 # before:
 #
-# - `train_biases(model)`: the parameters whose own name, the last part of the full name, is `bias`, whole, and no others. If it finds no bias, it
-#   raises a `ValueError`: on a LLaMA fresh from the Hub, "train the biases" trains nothing.
+# - `train_biases(model)`: all parameters whose own name is exactly `bias`. A parameter's own name is the last part of its full name. A model
+#   without any is a `ValueError`: on a LLaMA fresh from the Hub, "train the biases" trains nothing.
 # - `train_norm_gains(model)`: the gains of the norms, and no others. An RMSNorm multiplies each feature by a number of its own,
 #   $y = \gamma \odot x / \operatorname{rms}(x)$, and our LLaMA calls it `RMSNorm`, with `weight` for $\gamma$. These are the small vectors that a
 #   LLaMA *does* have, and our second candidate.
@@ -211,7 +212,7 @@ check_train(train_biases, train_norm_gains)
 #
 # You have seen the biases of one of SmolLM2's thirty layers. What share of all 134,515,008 parameters are the biases of the
 # whole model? And for a LLaMA of fifty times the size: is that share larger, about the same, or smaller? Write both down before you
-# run the cell after.
+# run the cells after.
 
 # %%
 my_share = None  # a percentage, for SmolLM2
@@ -245,9 +246,9 @@ for size in ("SmolLM2-135M", "LLaMA-7B"):
             print(f"{size:<13} width {width:>5,}: {trained:>9,} {method:<10}, {trained / whole:.4%} of {whole:,}")
 
 # %% [markdown]
-# BitFit is usually listed with "less than 0.1% of the parameters". The large model keeps to that with much to spare; our small one
-# is a little above it. A layer of width $d$ has about $d$ biases and $d^2$ weights, so the share falls about as $1 / d$: what is
-# trained gets smaller beside the model as models grow.
+# *What to see.* BitFit is usually listed with "less than 0.1% of the parameters". The large model keeps to that with much to spare; our small
+# one is a little above it. A layer of width $d$ has about $d$ biases and $d^2$ weights, so the share falls about as $1 / d$. (Section 7's
+# table divides by the model *with* its biases: 0.115%.)
 
 # %% [markdown]
 # ## 3. What backward needs  ·  4 points, about 25 minutes
@@ -280,7 +281,7 @@ def gradients_by_definition(
 # Write the layer as two functions, without autograd and without loops. `biased_linear` returns the output and a **tuple of what
 # has to be kept** for backward; `biased_linear_backward` gets that tuple and `output_gradient`, and returns the gradients of `x` and of
 # the bias. The weight is frozen and gets none. `x` has one or more axes before the last: `(tokens, in)`, `(batch, seq, in)` and so on.
-# Keep as little as you can: a second check counts the bytes.
+# Which of `x`, `weight`, `bias` and the output does backward need? Keep nothing else: a second check counts the bytes.
 #
 # <details><summary>RuntimeError: mat1 and mat2 shapes cannot be multiplied</summary>
 #
@@ -414,6 +415,8 @@ for method, prepare in {"full fine-tuning": lambda model: model, **METHODS}.item
     measured[method] = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
 
 print(step_table(measured))
+most = max(METHODS, key=lambda method: measured[method].activations)
+print(f"the more activations: {most}; you said {i_think_more_activations}")
 
 # %% tags=["experiment"]
 figure = plots.memory_bars(
@@ -422,9 +425,9 @@ figure = plots.memory_bars(
 plots.show(figure, alt="Stacked bars: without gradients and optimizer state; activations are smallest with biases.")
 
 # %% [markdown]
-# *What to see.* Gradients and optimizer state have all but vanished in both. Activations are a third smaller with biases than in full:
-# no linear layer keeps its input. They are not gone, because the gradient has to pass through everything that is not linear (the gate,
-# the product with it, attention, the norms), and each of these needs what it saw. The black line is the peak, the most that was
+# *What to see.* Gradients and optimizer state have almost disappeared in both. Activations are a third smaller with biases than in full:
+# no linear layer keeps its input for its own sake. They are not gone, because the gradient has to pass through everything that is not linear
+# (the gate, the product with it, attention, the norms), and each of these needs what it saw. The black line is the peak, the most that was
 # needed at any one moment.
 #
 # And the norm gains, a quarter as many numbers, keep *more*. The gradient of a gain is $\partial \mathcal{L} / \partial \gamma = \sum_t g_t \odot
@@ -511,9 +514,8 @@ for example in reviews.test.select(range(3)):
     print(repr(example["prompt"]), "->", repr(example["answer"]))
 
 # %% [markdown]
-# Train the biases, with the learning rate that our sweep chose (section 7): far more than full fine-tuning gets, for numbers that start at zero have
-# a long way to go. `fine_tune` scores the model, trains it, scores it again and writes a results row. About a
-# minute and a half on two CPU cores, ten seconds on an H200.
+# Train the biases, with the learning rate that our sweep chose (section 7), thirty times that of full fine-tuning. `fine_tune` scores the
+# model, trains it, scores it again and writes a results row. About a minute and a half on two CPU cores, ten seconds on an H200.
 
 # %% tags=["experiment"]
 from peftlab.experiment import fine_tune
@@ -552,7 +554,7 @@ gain_row = fine_tune(
 # %% tags=["experiment"]
 for name, row in (("biases", bias_row), ("norm gains", gain_row)):
     print(
-        f"{name:>10}: {row.score_before:.1%} -> {row.score_after:.1%} of {len(reviews.test)} reviews, "
+        f"{name:>10}: {row.score_before:.1%} -> {row.score_after:.1%} of {settings.examples(len(reviews.test))} reviews, "
         f"{row.trainable_parameters:,} trained, {row.adapter_bytes / 1e3:,.0f} kB file, "
         f"{row.seconds_per_step:.2f} s a step, forgetting {row.forgetting:+.2f}"
     )
@@ -562,8 +564,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* How far each curve falls, and how soon. *Forgetting* is by how much the loss on newspaper sentences has risen, in
-# nats per token. With 480 test reviews, one standard error is about 1.4 points.
+# *What to see.* The two curves fall together, from six nats to about 0.4, though one method trains four times as many numbers. *Forgetting* is
+# by how much the loss on newspaper sentences has risen, in nats per token. With 480 test reviews, one standard error is about 1.5 points.
 #
 # Swapping a task is a matter of milliseconds: the file holds 210 short vectors. Your `load_biases` puts the reviews' biases into a
 # fresh model, and the scores must be the same:
@@ -575,36 +577,77 @@ load_biases(model, "review-biases.safetensors")
 print(f"trained: {bias_row.score_after:.1%}; loaded from the file: {reviews.evaluate(model):.1%}")
 
 # %% [markdown]
-# ### Which biases have moved?
+# ### Which biases do the work?
 #
-# Every bias started at zero, so its size is how far it has gone. Ben Zaken et al. draw the same picture of a BERT, and find that the
-# biases of the queries and of the middle of the MLP change most; training these two kinds alone (half of the biases, 0.04% of
-# the model) costs them little accuracy.
+# Every bias started at zero, so its size is how far it has gone. Ben Zaken et al. look at that in a BERT. They find that the
+# biases of the queries and of the middle of the MLP change most, and that training these two kinds alone costs little accuracy.
+#
+# Does a kind that has moved far do much? Ask the model: set one kind to zero, in all layers, and score it. Then the other way round: keep one
+# kind and set the other six to zero. Predict the order. About two minutes on two CPU cores.
+
+# %%
+my_most_needed = None  # one of KINDS: the kind without which the loss rises most
 
 # %% tags=["experiment"]
-sizes = [[tensor.abs().mean() for name, tensor in trained_biases.items() if f".{kind}." in name] for kind in KINDS]
-moved = torch.tensor(sizes)  # (kinds, layers)
-figure, axes = plt.subplots(figsize=(9, 2.6))
-image = axes.imshow(1e3 * moved, aspect="auto", cmap="viridis", vmin=0)
-axes.set_yticks(range(7), KINDS)
-axes.set(title="How far the biases have moved", xlabel="decoder layer")
-figure.colorbar(image, label="mean |bias|, in thousandths")
-plots.show(figure, alt="A map of seven kinds of bias by thirty layers; brighter where the biases have moved further from zero.")
-for kind, value in sorted(zip(KINDS, moved.mean(1).tolist()), key=lambda pair: -pair[1]):
-    print(f"{kind:<10} {1e3 * value:.2f} thousandths on average")
+few = reviews.test.select(range(settings.examples(160)))
+
+
+@torch.no_grad()
+def with_only(kept: list[str]) -> tuple[float, float]:
+    """Return loss and score on a few reviews when only these kinds of bias are there, the others zero."""
+    for name, parameter in model.named_parameters():
+        if name in trained_biases:
+            parameter.copy_(trained_biases[name] if name.split(".")[-2] in kept else torch.zeros_like(parameter))
+    return tasks.mean_loss(model, few), reviews.score(model, few)
+
+
+moved = {kind: torch.cat([b for name, b in trained_biases.items() if f".{kind}." in name]).abs().mean() for kind in KINDS}
+without = {kind: with_only([other for other in KINDS if other != kind]) for kind in KINDS}
+alone = {kind: with_only([kind]) for kind in KINDS}
+nothing, everything = with_only([]), with_only(KINDS)
+
+# %% tags=["experiment"]
+print(f"{'':<12}{'mean |bias|':>12}{'without it:':>13}{'score':>8}{'alone:':>10}{'score':>8}")
+for kind in KINDS:
+    columns = f"{moved[kind]:>12.4f}{without[kind][0]:>8.2f} nats{without[kind][1]:>8.1%}{alone[kind][0]:>5.2f} nats{alone[kind][1]:>8.1%}"
+    print(f"{kind:<12}{columns}")
+print(f"no bias: {nothing[0]:.2f} nats, {nothing[1]:.1%}; all: {everything[0]:.2f} nats, {everything[1]:.1%}")
+print(f"most needed: {max(without, key=lambda kind: without[kind][0])}; you said {my_most_needed}")
+
+# %% tags=["experiment"]
+figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+for number, (found, label) in enumerate(((without, "all but this kind"), (alone, "this kind alone"))):
+    places = [position + 0.4 * number - 0.2 for position in range(len(KINDS))]
+    axes.bar(places, [found[kind][0] for kind in KINDS], width=0.38, color=plots.SERIES[number], label=label)
+for size, style, label in ((nothing[0], ":", "no bias"), (everything[0], "--", "all seven kinds")):
+    axes.axhline(size, color="black", linestyle=style, linewidth=1, label=label)
+axes.set_xticks(range(len(KINDS)), KINDS, fontsize=9)
+axes.set(title="What each kind of bias does: the loss without it, and with it alone", ylabel="loss on reviews (nats per label)")
+figure.legend(ncols=4, fontsize=8, frameon=False, loc="outside lower center")
+plots.show(
+    figure,
+    alt="Two bars for each of the seven kinds of bias: the loss without this kind, and the loss with this kind alone. A dashed line "
+    "marks the loss with all seven, a dotted one the loss with none.",
+)
 
 # %% [markdown]
-# *What to see.* AdamW divides every gradient by its recent size, so a bias moves far if its gradient keeps its *sign* from batch to
-# batch, however small it is. Compare the order above with BERT's. The keys come up again in section 9.
+# *What to see.* First the column of mean |bias|: all seven kinds have gone about equally far, 0.0079 to 0.0093, though section 9 will find
+# gradients that differ by factors of a thousand. That is AdamW, which divides each gradient by its recent size. So how far a bias has moved says nothing about what
+# it does. (With other optimizers it might.)
+#
+# Then the figure. Where the blue bar stays at the dashed line, the other six kinds do without this one. Where the orange bar stays at the dotted line,
+# this kind alone does nothing. The keys' bars stand at both: their biases have moved as far as the others', and do next to nothing. Section 9 returns
+# to them.
 
 # %% [markdown]
 # ## 7. The comparison, measured
 #
 # Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every method and two tasks
-# (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right). Each learning rate was run with one seed, the best-looking
-# one with three. If the mean of the three is worse than another rate's single run, that rate got three as well. What counts is the training loss of the
-# last
-# ten steps; no row comes twice in these runs, so that is a loss on unseen rows, and the test split is not used.
+# (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right).
+#
+# Each rate was run with one seed. What counts is the *late loss*, the mean training loss of the last ten steps. No row of the data comes
+# twice in a run, so this is a loss on unseen rows, and the test split is not used. The best rate got two more seeds. If their mean
+# then lost to another rate's single run, that rate got two more as well.
 
 # %%
 COMPARED = {
@@ -632,7 +675,7 @@ shipped = comparison.show(COMPARED, "bitfit")
 #
 # Few libraries have BitFit under its name, but peft has its parts. `BeftConfig` (Huang et al. 2025, who train the values' bias alone) adds a
 # zero vector to the output of whichever linear layers you name; named for all seven, that is BitFit on a LLaMA. `LNTuningConfig` trains
-# norms. Below, a small LLaMA exists twice with the same weights, once for each method: as `transformers` model with peft, and as our
+# norms. Below, for each of the two methods, there are two small LLaMAs with the same weights: a `transformers` model with peft, and our
 # `Llama` with your functions. After 20 AdamW steps on the same tokens the losses must agree; only rounding may differ.
 
 # %% tags=["experiment"]
@@ -727,6 +770,9 @@ rotated, still = gradient_sizes(None), gradient_sizes(torch.zeros(24))
 print(f"{'gradient of':<14}{'with RoPE':>12}{'without':>12}")
 for kind in KINDS:
     print(f"{kind:<14}{rotated[kind]:>12.1e}{still[kind]:>12.1e}")
+for name, guess, sizes in (("without", zero_without_rotation, still), ("with", zero_with_rotation, rotated)):
+    zero = [kind for kind in KINDS if sizes[kind] < 1e-7 * max(sizes.values())]
+    print(f"zero but for rounding {name} rotation: {', '.join(zero) or 'none'}; you said {guess}")
 
 # %% [markdown]
 # *What to see.* Without rotation the key's bias has no gradient, but for rounding: it cannot matter. Whisper and BEiT, which do not
@@ -759,16 +805,12 @@ def fold_value_bias_with_a_bug(attention: LlamaAttention) -> None:
 
 
 # %% [markdown]
-# It works on LLaMA-7B, and on models like SmolLM2 it gives other logits than before. One difference in their configurations matters:
-
-# %%
-for size in ("LLaMA-7B", "SmolLM2-135M"):
-    print(f"{size:<13} {PRESETS[size].num_attention_heads:>3} query heads, {PRESETS[size].num_key_value_heads:>3} value heads")
+# It works on LLaMA-7B, and on models like SmolLM2 it gives other logits than before:
 
 
 # %%
 def change_by(fold: Callable[[LlamaAttention], None]) -> float:
-    """Return by how much folding changes the largest logit of a tiny LLaMA with random biases, 4 query and 2 value heads."""
+    """Return by how much folding changes the largest logit of a tiny LLaMA with random biases."""
     torch.manual_seed(0)
     tiny = with_biases(Llama(PRESETS["tiny"]))
     for parameter in tiny.parameters():
@@ -789,6 +831,11 @@ print(f"largest change of any logit: {change_by(fold_value_bias_with_a_bug):.1e}
 # fits). Both biases exist. `attention.head_dim` is the size of a head.
 #
 # <details><summary>I see no bug</summary>
+#
+# Compare the configurations of the two models in `PRESETS`. Which of the numbers that differ does this function depend on? What is `groups`
+# in each model?
+# </details>
+# <details><summary>I see that the heads differ, and still no bug</summary>
 #
 # Neighbouring query heads share a value head: with four and two, heads 0 and 1 use value head 0, heads 2 and 3 use value head 1. What order
 # does `repeat` give, on `torch.tensor([0, 1]).repeat(2)`, say? (ONNX's definition of this kind of attention had the same mix-up: onnx
@@ -877,6 +924,7 @@ print(f"before: {bias_row.score_after:.1%}; folded: {reviews.evaluate(model):.1%
 #   ACL, arXiv 2106.10199.
 # - Huang, Balashankar and Aminifar (2025), *BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes*, arXiv 2509.15974: which
 #   of the attention's biases to train, also for models without any.
+# - Chowdhery et al. (2022), *PaLM: Scaling Language Modeling with Pathways*, arXiv 2204.02311: section 2, a model without biases.
 # - Su et al. (2021), *RoFormer: Enhanced Transformer with Rotary Position Embedding*, arXiv 2104.09864; Zhang and Sennrich (2019), *Root Mean
 #   Square Layer Normalization*, arXiv 1910.07467.
 # - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025), *SmolLM2*,

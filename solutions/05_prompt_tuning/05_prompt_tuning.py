@@ -897,7 +897,7 @@ model.model = trained
 #
 # ## 9. The same thing in peft
 #
-# Is what you built *prompt tuning*, or something like it? Hold it against the library. Below, a small LLaMA exists twice with the same
+# Is what you built *prompt tuning*, or something like it? Compare it with the library. Below, a small LLaMA exists twice with the same
 # weights: as `transformers` model with peft's prompt, and as our `Llama` with yours, which starts as a copy of peft's. First a batch
 # that is padded on the right: logits, loss, the prompt's gradient, and the prompt after one AdamW step. Only rounding may differ.
 

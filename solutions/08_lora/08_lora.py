@@ -414,6 +414,15 @@ check_merge(merge, unmerge)
 # %%
 from copy import deepcopy
 
+
+def merge_in_fp32(layer: LoRALinear) -> None:
+    """Merge in fp32, whatever the weight's dtype, and round once."""
+    update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
+    layer.base.weight.data = (layer.base.weight.float() + update).to(layer.base.weight.dtype)
+    layer.merged = True
+
+
+# %%
 ids = torch.arange(24)[None]
 for dtype in (torch.float32, torch.bfloat16):
     torch.manual_seed(0)
@@ -422,18 +431,15 @@ for dtype in (torch.float32, torch.bfloat16):
     for layer in layers:
         nn.init.normal_(layer.lora_B, std=0.05)
     bases = [layer.base.weight.detach().clone() for layer in layers]
-    exact = deepcopy(adapted).double()(ids)
-    logits = {"not merged": adapted(ids)}
-    for layer in layers:
-        merge(layer)
-    logits["merged"] = adapted(ids)
-    for layer in layers:
-        unmerge(layer)
+    exact, logits = deepcopy(adapted).double()(ids), {"not merged": adapted(ids)}
+    for name, change in (("merged", merge), ("unmerged", unmerge)):
+        for layer in layers:
+            change(layer)
+        logits[name] = adapted(ids)
     differing = sum((layer.base.weight != base).sum().item() for layer, base in zip(layers, bases))
     for layer, base in zip(layers, bases):
-        update = layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
-        layer.base.weight.data = (base.float() + update).to(dtype)
-        layer.merged = True
+        layer.base.weight.data = base
+        merge_in_fp32(layer)
     logits["merged in fp32"] = adapted(ids)
     off = {name: ((found - exact).abs().max() / exact.abs().max()).item() for name, found in logits.items()}
     print(f"{dtype}, off by, of the largest logit: {', '.join(f'{name} {size:.1e}' for name, size in off.items())}")

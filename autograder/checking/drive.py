@@ -14,8 +14,9 @@ import textwrap
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import Tensor, nn
@@ -153,15 +154,15 @@ def drive_and_measure(
     if isinstance(answers[0], RemoteAnswer):
         reply, grown = answers[0].run_and_measure(*_parcel(driver, answers, case, helpers))
         return read_reply(reply), grown
-    with _large_tensors_apart() as thread:
-        thread.submit(driver, *answers, **case).result()
+    with _large_tensors_apart():
+        _in_a_new_thread(driver, *answers, **case)
         _return_freed_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present size
         except OSError:
-            return thread.submit(driver, *answers, **case).result(), None
+            return _in_a_new_thread(driver, *answers, **case), None
         before = _status("VmRSS")
-        observation = thread.submit(driver, *answers, **case).result()
+        observation = _in_a_new_thread(driver, *answers, **case)
         return observation, _status("VmHWM") - before
 
 
@@ -206,18 +207,30 @@ def describe_error(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _large_tensors_apart() -> Iterator[ThreadPoolExecutor]:
-    """Yield a thread in which every large tensor lies in pages of its own, where the C library can (glibc).
+def _large_tensors_apart() -> Iterator[None]:
+    """Have every large tensor lie in pages of its own, where the C library can (glibc); when it is freed, so are they.
 
-    When it is freed, so are they. Otherwise what is small and kept comes to lie where something large was, which then fits
-    nowhere but behind all the rest. A new thread has a heap of its own, without the gaps that are in the old one.
+    Otherwise what is small and kept comes to lie where something large was, which then fits nowhere but behind all the rest.
     """
     _set_heap(mapped_from=APART_BYTES, trimmed_from=APART_BYTES)
     try:
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            yield thread
+        yield
     finally:
         _set_heap(*HEAP_BYTES)
+
+
+def _in_a_new_thread(driver: Callable[..., Observation], *answers: object, **case: object) -> Observation:
+    """Call a driver in a thread, which has a heap of its own, without the gaps that are in the old one."""
+    outcome: Future[Observation] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(driver(*answers, **case))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()  # a loop without end can be interrupted here, and does not keep Python from ending
+    return outcome.result()
 
 
 def _set_heap(mapped_from: int, trimmed_from: int) -> None:

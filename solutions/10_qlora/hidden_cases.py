@@ -15,7 +15,7 @@ def _many_weights(generator: torch.Generator) -> dict:
     The reference takes less than five. An index of int64 for every weight takes 12 bytes and more.
     """
     case = qlora.fast_case(generator)
-    return case | {"copies": 24 * MIB // (case["shape"][0] * case["shape"][1]), PEAK_ALLOWANCE: 150 * MIB}
+    return case | {"copies": 24 * MIB // (case["shape"][0] * case["shape"][1]), PEAK_ALLOWANCE: 155 * MIB}
 
 
 def _many_nf4_layers(generator: torch.Generator) -> dict:
@@ -76,7 +76,7 @@ CASES = {
         "over more steps, with a larger parameter": lambda generator: qlora.adamw_case(generator, steps=5, large=150),
         # State of 10 MiB, or 40 in fp32.
         "by the memory of the whole process, with large parameters": lambda generator: (
-            qlora.adamw_case(generator, steps=1) | {"large": 5, "filler_bytes": 80 * MIB, PEAK_ALLOWANCE: 14 * MIB}
+            qlora.adamw_case(generator, steps=1) | {"large": 5, "filler_bytes": 80 * MIB, PEAK_ALLOWANCE: 18 * MIB}
         ),
     },
     qlora.check_merged_weight: {

@@ -1,8 +1,7 @@
-"""What serving many adapters takes: seconds of a decoding step, timed in turn, and bytes; one line of JSON a measurement."""
+"""What unit 13 measures: seconds and bytes of serving many adapters, scores of combined ones; a line of JSON for each row."""
 
 import json
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from torch import Tensor
 from peftlab import results, settings
 from peftlab.llama import KeyValueCache, Llama
 from peftlab.training import seconds_of
-
-FILE = "serving.jsonl"
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Served:
         adapters: how many different ones the batch names; its rows share them evenly.
         batch: rows, of which each gets one token.
         rank: of every adapter.
-        seconds: of one step of the whole batch, the median of several.
+        seconds: of one step of the whole batch, the fastest of several.
         bytes: of all weights and factors that have to be in memory.
         hardware, versions: where it was measured.
         short: True for a short run, whose figures mean nothing.
@@ -48,6 +45,33 @@ class Served:
     def tokens_per_second(self) -> float:
         """Each row of the batch gets one token a step."""
         return self.batch / self.seconds
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One adapter made of two, scored on the tasks of both.
+
+    Attributes:
+        way: how it was made.
+        rank: of the result.
+        scores: by task, between 0 and 1.
+        examples: how many were scored, by task.
+        distance: of its product from the sum of the two products, relative to that sum in the Frobenius norm, mean over layers.
+        hardware, versions, short: as in `Served`.
+    """
+
+    way: str
+    rank: int
+    scores: dict[str, float]
+    examples: dict[str, int]
+    distance: float
+    hardware: str = field(default_factory=results.describe_hardware)
+    versions: dict = field(default_factory=results.package_versions)
+    short: bool = field(default_factory=settings.short)
+
+
+FILES = {Served: "serving.jsonl", Combined: "combined.jsonl"}
+"""Where rows of each kind are kept."""
 
 
 def decoding_step(model: Llama, batch: int, context: int = 64) -> Callable[..., Tensor]:
@@ -75,23 +99,20 @@ def decoding_step(model: Llama, batch: int, context: int = 64) -> Callable[..., 
 
 
 def seconds_in_turn(ways: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3) -> dict[str, float]:
-    """Return the median seconds of each way. The ways take turns, so that a busy machine slows all of them alike."""
-    rounds = settings.steps(rounds)
-    for work in ways.values():
-        work()
-    taken = [{name: seconds_of(work, device) for name, work in ways.items()} for _ in range(rounds)]
-    return {name: statistics.median(seconds[name] for seconds in taken) for name in ways}
+    """Return the fastest of some runs of each way, in seconds. The ways take turns, so that a busy machine slows all alike."""
+    taken = [{name: seconds_of(work, device) for name, work in ways.items()} for _ in range(settings.steps(rounds))]
+    return {name: min(seconds[name] for seconds in taken) for name in ways}
 
 
-def save(rows: list[Served], unit: str) -> Path:
-    """Write the rows to `<results folder>/<unit>/serving.jsonl`, in place of those of an earlier run."""
-    path = results.results_folder() / unit / FILE
+def save(rows: Sequence[Served | Combined], unit: str) -> Path:
+    """Write rows of one kind to their file in `<results folder>/<unit>`, in place of those of an earlier run."""
+    path = results.results_folder() / unit / FILES[type(rows[0])]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     return path
 
 
-def load(unit: str, folder: Path | None = None) -> list[Served]:
-    """Return the rows of this reader's last run, or of `folder`; an empty list if there are none."""
-    path = (folder or results.results_folder()) / unit / FILE
-    return [Served(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+def load(kind: type, unit: str, folder: Path | None = None) -> list:
+    """Return the rows of one kind, of this reader's last run or of `folder`; an empty list if there are none."""
+    path = (folder or results.results_folder()) / unit / FILES[kind]
+    return [kind(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []

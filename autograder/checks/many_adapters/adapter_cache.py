@@ -240,28 +240,9 @@ check_adapter_cache = Exercise(
                         self.names[slot], self.used[slot] = name, self.clock
                     return torch.tensor([self.names.index(name) if name else -1 for name in names])
         """,
-        "a list of names in order of use": """
-            class AdapterCache:
-                def __init__(self, slots, load):
-                    self.load, self.order, self.slots, self.count = load, [], {}, slots
-
-                def assign(self, names):
-                    needed = []
-                    for name in names:
-                        if name is not None and name not in needed:
-                            needed.append(name)
-                    if len(needed) > self.count:
-                        raise ValueError(f"{len(needed)} adapters for {self.count} slots")
-                    self.order = [name for name in self.order if name not in needed] + [n for n in needed if n in self.order]
-                    for name in needed:
-                        if name not in self.order:
-                            if len(self.order) == self.count:
-                                self.slots.pop(self.order.pop(0))
-                            slot = min(set(range(self.count)) - set(self.slots.values()))
-                            self.load(name, slot)
-                            self.slots[name] = slot
-                            self.order.append(name)
-                    return torch.as_tensor([self.slots.get(name, -1) for name in names])
-        """,
+        "in alphabetical order, with torch.as_tensor": {
+            _WANTED: "sorted({name for name in names if name is not None})",
+            _RETURN: "torch.as_tensor([self.slot_of.get(name, -1) for name in names])",
+        },
     },
 )

@@ -23,7 +23,7 @@ from nbgrader.coursedir import CourseDirectory
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
-from autograder import colab, front, index
+from autograder import colab, front, hidden, index
 from autograder.reference import SOLUTIONS, master_path, units
 
 ROOT = SOLUTIONS.parent
@@ -31,8 +31,9 @@ COURSE = ROOT / "course"
 
 
 def instructor_notebook(unit: str) -> NotebookNode:
-    """Return the master as a notebook, with what Colab needs, and cells with ids that depend on nothing but their content."""
+    """Return the master as a notebook, with hidden tests and what Colab needs; a cell's id depends on its content alone."""
     notebook = jupytext.read(master_path(unit))
+    hidden.add_to(notebook, unit)
     colab.add_to(notebook, unit)
     notebook.metadata = nbformat.from_dict(
         {

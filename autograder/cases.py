@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+EPS = torch.finfo(torch.float32).eps
+
 
 def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return standard normal numbers of any dtype; drawn in fp64, so that a seed gives the same numbers in each."""
@@ -14,6 +16,13 @@ def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.f
 def between(generator: torch.Generator, low: int, high: int) -> int:
     """Return a random whole number, both ends included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def uneven_levels(generator: torch.Generator, count: int = 16) -> Tensor:
+    """Return ascending levels from -1 to 1, in fp32, with an exact zero, at unequal distances of at least 1/40."""
+    grid = torch.cat([torch.arange(-39, 0), torch.arange(1, 40)])
+    inner = grid[torch.randperm(len(grid), generator=generator)[: count - 3]]
+    return torch.cat([inner, torch.tensor([-40, 0, 40])]).sort().values / 40
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

@@ -2,16 +2,18 @@
 
 A check never looks at a student's objects. It hands a *driver* over, a plain function that builds the answer's objects,
 uses them and returns tensors; what is judged is what comes back. In a notebook the driver is simply called. When a class
-is graded, the student's kernel is another process, the answers are `RemoteAnswer`s, and the driver travels as source.
+is graded, the answers are `RemoteAnswer`s, which live in another process, and the driver travels there as source.
 """
 
+import contextlib
+import ctypes
+import gc
 import inspect
 import io
-import os
 import textwrap
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 
 Observation = dict[str, object]
 """What a driver returns: tensors, strings, numbers, and lists or dicts of these."""
+REPLY_EXPANDED_BYTES = 256 * 2**20
+REPLY_NESTED, REPLY_PARTS = 50, 1_000_000
+"""How large a reply may be for whoever goes through it."""
 
 
 class RemoteAnswer(ABC):
@@ -36,32 +41,56 @@ class RemoteAnswer(ABC):
         """
 
     @abstractmethod
-    def process(self) -> int:
-        """Return the process id, as seen from here, of the process that the answer lives in."""
+    def run_and_measure(self, source: str, driver: str, answers: Sequence[str], arguments: bytes) -> tuple[bytes, int | None]:
+        """Return what `run` returns, and by how many bytes the other process grew at its peak, measured from outside."""
 
 
 class StudentError(Exception):
     """Student code in another process raised; the message is `TypeName: message` and the student's line."""
 
 
-def drive(driver: Callable[..., Observation], answers: Sequence[object], case: dict) -> Observation:
+def drive(
+    driver: Callable[..., Observation], answers: Sequence[object], case: dict, helpers: Iterable[Callable] = ()
+) -> Observation:
     """Return `driver(*answers, **case)`, run where the answers live.
 
-    The driver must stand alone: it imports what it uses, from torch, peftlab and the standard library only.
+    The driver must stand alone, but for helpers, which travel with it and stand alone as well: each imports what it uses, from
+    torch, peftlab and the standard library only.
     """
     if not isinstance(answers[0], RemoteAnswer):
         return driver(*answers, **case)
-    arguments, names = io.BytesIO(), [answer.name for answer in answers]
+    return read_reply(answers[0].run(*_parcel(driver, answers, case, helpers)))
+
+
+def _parcel(
+    driver: Callable[..., Observation],
+    answers: Sequence[RemoteAnswer],
+    case: dict,
+    helpers: Iterable[Callable],
+    returns: bool = True,
+) -> tuple:
+    """Return a call as it travels: the source of driver and helpers, the driver's name, the answers' names, the arguments."""
+    if not returns:
+        silent = f"def return_nothing(*answers, **case):\n    {driver.__name__}(*answers, **case)\n    return {{}}\n"
+        source, name = f"{travelling(driver, helpers)}\n\n{silent}", "return_nothing"
+    else:
+        source, name = travelling(driver, helpers), driver.__name__
+    arguments = io.BytesIO()
     torch.save(case, arguments)
-    source = textwrap.dedent(inspect.getsource(driver))
-    return read_reply(answers[0].run(source, driver.__name__, names, arguments.getvalue()))
+    return source, name, [answer.name for answer in answers], arguments.getvalue()
 
 
-def read_reply(reply: bytes) -> Observation:
+def travelling(driver: Callable, helpers: Iterable[Callable] = ()) -> str:
+    """Return the source that defines a driver and what it calls."""
+    return "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in (*helpers, driver))
+
+
+def read_reply(reply: bytes, most_bytes: int = REPLY_EXPANDED_BYTES) -> Observation:
     """Return the observation in what another process sent, which may be anything.
 
-    Nothing in it is executed, and it takes no more memory than it has bytes. Admitted are dicts, lists and tuples of
-    tensors on the CPU, strings and numbers.
+    Nothing in it is executed. Admitted are dicts, lists and tuples of tensors on the CPU, strings and numbers, as large as
+    they were sent or a little larger: in a reply a list may stand in another one many times and is sent once, so may the
+    numbers of a tensor, and lists can be nested without end.
 
     Raises:
         StudentError: if it is anything else.
@@ -73,7 +102,7 @@ def read_reply(reply: bytes) -> Observation:
         observation = torch.load(io.BytesIO(reply), weights_only=True, map_location="cpu")
         if not isinstance(observation, dict):
             raise StudentError("the code sent back no observation")
-        _admit(observation)
+        _admit(observation, most_bytes)
     except StudentError:
         raise
     except Exception as error:  # a forged reply can fail in any way
@@ -81,44 +110,79 @@ def read_reply(reply: bytes) -> Observation:
     return observation
 
 
-def _admit(value: object) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str | int):
-                raise TypeError(type(key))
-            _admit(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _admit(item)
-    elif isinstance(value, Tensor):
-        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
+def _admit(observation: Observation, most_bytes: int) -> None:
+    """Raise an error at what is not admitted, without recursion and without going through more than is allowed."""
+    waiting, parts, size = [(observation, 0)], 0, 0
+    while waiting:
+        value, depth = waiting.pop()
+        parts += 1
+        inside = []
+        if isinstance(value, dict):
+            if not all(isinstance(key, str | int) for key in value):
+                raise TypeError("a key")
+            inside = [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            inside = list(value)
+        elif isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
+                raise TypeError(type(value))
+            size += value.numel() * value.element_size()
+        elif type(value) is str:
+            size += len(value)
+        elif type(value) is int:
+            size += value.bit_length() // 8
+        elif not (value is None or type(value) in (bool, float)):
             raise TypeError(type(value))
-    elif not (value is None or type(value) in (bool, int, float, str)):
-        raise TypeError(type(value))
+        if depth > REPLY_NESTED or parts + len(waiting) + len(inside) > REPLY_PARTS or size > most_bytes:
+            raise StudentError("the code returned something that is far larger, or nested far deeper, than what was asked for")
+        waiting += [(item, depth + 1) for item in inside]
 
 
 def drive_and_measure(
-    driver: Callable[..., Observation], answers: Sequence[object], case: dict
+    driver: Callable[..., Observation],
+    answers: Sequence[object],
+    case: dict,
+    helpers: Iterable[Callable] = (),
+    returns: bool = True,
 ) -> tuple[Observation, int | None]:
     """Return what `drive` returns, and by how many bytes the process grew at its peak.
 
-    The kernel's own high-water mark is read from outside Python, so code that is measured cannot misreport it. It is
-    noisy by a few MiB: use it for effects of 64 MiB and more. None where the kernel keeps no such mark (not Linux).
+    With `returns=False` nothing is returned but that: what a driver observes may be too large to be sent.
 
-    The driver runs once before it is measured, for a process also grows by what it imports and sets up on first use.
-    Then freed memory goes back to the system, or an allocation that fits into it would not show.
+    The system's own high-water mark is read, which is noisy by a few MiB: use it for effects of 64 MiB and more. None where
+    the system keeps no such mark (not Linux).
+
+    An answer in another process is measured from outside of it. In this one the driver runs once before it is measured, for
+    a process also grows by what it imports and sets up on first use. Then freed memory goes back to the system, or an
+    allocation that fits into it would not show.
     """
-    remote = isinstance(answers[0], RemoteAnswer)
-    process = answers[0].process() if remote else os.getpid()
-    drive(driver, answers, case)
-    drive(_return_freed_memory, answers, {})
+    if isinstance(answers[0], RemoteAnswer):
+        reply, grown = answers[0].run_and_measure(*_parcel(driver, answers, case, helpers, returns))
+        return read_reply(reply), grown
+    driver(*answers, **case)
+    _return_freed_memory()
     try:
-        Path(f"/proc/{process}/clear_refs").write_text("5")  # sets the high-water mark back to the present size
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present size
     except OSError:
-        return drive(driver, answers, case), None
-    before = _status(process, "VmRSS")
-    observation = drive(driver, answers, case)
-    return observation, _status(process, "VmHWM") - before
+        return driver(*answers, **case), None
+    before = _status("VmRSS")
+    observation = driver(*answers, **case)
+    return observation if returns else {}, _status("VmHWM") - before
+
+
+@contextlib.contextmanager
+def as_torch_starts() -> Iterator[None]:
+    """Set torch's default dtype and device, and whether it keeps gradients, as in a new process; afterwards set them back."""
+    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device == torch.device("cpu") else device)
+        torch.set_grad_enabled(gradients)
 
 
 def describe_error(error: BaseException) -> str:
@@ -138,8 +202,7 @@ def describe_error(error: BaseException) -> str:
     while frame:
         file = frame.tb_frame.f_code.co_filename
         line = linecache.getline(file, frame.tb_lineno).strip()
-        ours = frame.tb_frame.f_code.co_name == "_call_driver" or line.startswith("_call_driver(")
-        if "ipykernel" in file and not os.path.isfile(file) and not ours:  # how IPython names the cells that it compiles
+        if "ipykernel" in file and not os.path.isfile(file):  # how IPython names the cells that it compiles
             place = f" (line {frame.tb_lineno} of your cell: {line})"
         innermost, frame = frame.tb_frame.f_code.co_name, frame.tb_next
     if innermost.startswith("drive_") and ("NoneType" in described or "unpack" in described):
@@ -147,23 +210,16 @@ def describe_error(error: BaseException) -> str:
     return described + place
 
 
-def _return_freed_memory(*answers):
+def _return_freed_memory() -> None:
     """Hand the heap's free pages back to the system, where the C library can (glibc)."""
-    import ctypes
-    import gc
-
     gc.collect()
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # not glibc; Windows raises TypeError at the None
-        return {}
-    trim(0)
-    return {}
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc; Windows raises TypeError at the None
+        ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status(process: int, key: str) -> int:
-    """Return a size from /proc/<process>/status, in bytes."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+def _status(key: str) -> int:
+    """Return a size of this process from /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/{process}/status has no {key}")
+    raise OSError(f"/proc/self/status has no {key}")

@@ -1,14 +1,19 @@
-"""How a submission is executed: student code in its own kernel, graded cells here, with proxies for the student's answers.
+"""How a submission is executed: its cells in a kernel of its own, graded cells here, with proxies for the student's answers.
 
-    a cell of the student's      runs in the student's kernel only
-    a locked, ungraded cell      (set-up) runs in both places
+    a cell of the student's      runs in the student's kernel, for its outputs to be seen: no mark depends on them
+    a locked, ungraded cell      (set-up) runs there, here, and where the answers are called
     a graded check               runs here only; what it calls `merge` sends tensors to the student's `merge` and back
     a cell tagged `experiment`   does not run: it takes minutes, and no mark depends on it
+
+The student's `merge` is called in a sandbox where nothing else of the notebook has run (`autograder.sandbox_process`): of the
+cells above the check only what `merge` needs (`autograder.needed`). If it raises an error there, perhaps for want of something
+that was not found to be needed, the check is made once more where all of the cells above it have run.
 
 The names of the answers come from the master, never from the submission. What comes out is a plain list of outputs, so a
 submission may be executed on any machine that has the masters, and be marked elsewhere.
 """
 
+import ast
 import contextlib
 import hashlib
 import inspect
@@ -28,10 +33,15 @@ from nbgrader import utils
 from nbgrader.preprocessors import NbGraderPreprocessor
 from traitlets import Bool, Unicode
 
+from autograder.calls import Answer, Calls
+from autograder.drive import travelling
 from autograder.failure import CheckFailedError
+from autograder.needed import needed
 from autograder.reference import SOLUTIONS, answer_names, exercises_of
 from autograder.sandbox import Limits, require_sandbox
-from autograder.student_kernel import KernelAnswer, StoppedError, StudentKernel
+from autograder.sandbox_process import BAGGAGE_BYTES, SandboxProcess
+from autograder.student_kernel import StudentKernel
+from autograder.watch import StoppedError
 
 PRINTED_CHARACTERS = 2000
 NO_PART_IN_MARKS = ("build", "mutants", "prove", "report", "run_masters")
@@ -90,20 +100,25 @@ def execute(
     """
     if sandboxed:
         _require_sandbox_once()
-    with contextlib.closing(_TwoKernels(unit, submission, limits or Limits(), sandboxed)) as kernels:
-        return kernels.execute(notebook)
+    setup = [cell.source for cell in notebook.cells if utils.is_locked(cell) and not utils.is_grade(cell)]
+    with contextlib.closing(_Executor(unit, setup, submission, limits or Limits(), sandboxed)) as executor:
+        return executor.execute(notebook)
 
 
 _require_sandbox_once = cache(require_sandbox)
 
 
-class _TwoKernels:
-    """The student's kernel, and the names that graded cells see here."""
+class UndecidedError(RuntimeError):
+    """What a check measured may be right or forged: a person has to look. The message is a sentence that says why."""
 
-    def __init__(self, unit: str, submission: Path | None, limits: Limits, sandboxed: bool):
-        self._student = StudentKernel(submission, limits, sandboxed)
-        self._limits = limits
-        self._names = answer_names(unit)
+
+class _Executor:
+    """Executes one notebook: holds its sandbox, the kernel in there, and the names that graded cells see."""
+
+    def __init__(self, unit: str, setup: list[str], submission: Path | None, limits: Limits, sandboxed: bool):
+        self._limits, self._names = limits, answer_names(unit)
+        self._sandbox = SandboxProcess(setup, _imported(unit), submission, limits, sandboxed)
+        self._student = StudentKernel(self._sandbox)
         self._here: dict[str, object] = {"__name__": "__main__"}
         self._ran: list[str] = []
         self._events: list[str] = []
@@ -112,26 +127,32 @@ class _TwoKernels:
 
     def close(self) -> None:
         self._student.close()
+        self._sandbox.close()
 
     def execute(self, notebook: NotebookNode) -> Execution:
-        outputs = []
+        outputs: list[list[dict] | None] = []
+        checks: list[tuple[int, NotebookNode, list[str]]] = []
         for cell in notebook.cells:
+            outputs.append(None)
             if cell.cell_type != "code" or ("experiment" in cell.metadata.get("tags", []) and not utils.is_grade(cell)):
-                outputs.append(None)
-            elif utils.is_grade(cell) and utils.is_locked(cell):
-                outputs.append(self._check(cell))
-            else:
-                if utils.is_locked(cell):
-                    with self._timed("set-up here"):
-                        exec(compile(cell.source, "<set-up cell>", "exec"), self._here)
-                outputs.append(self._run(cell))
-        left_behind = self._student.running and len(self._student.processes_inside()) > 1
+                continue
+            if utils.is_grade(cell) and utils.is_locked(cell):
+                checks.append((len(outputs) - 1, cell, list(self._ran)))
+                continue
+            if utils.is_locked(cell):
+                with self._timed("set-up here"):
+                    exec(compile(cell.source, "<set-up cell>", "exec"), self._here)
+            outputs[-1] = self._run(cell)
+        if self._student.running and self._student.left_running():
+            self._events.append("left processes running, which were killed")
         with self._timed("stopping the kernel"):
             self._student.close()
-        if left_behind:
-            self._events.append("left processes running, which were killed")
-        self._events += self._student.left_behind[:1]
-        return Execution(outputs, self._events, self._seconds, self._student.cpu_seconds, self._student.peak_bytes)
+        for place, cell, ran in checks:
+            outputs[place] = self._check(cell, ran)
+        with self._timed("stopping the sandbox"):
+            self._sandbox.close()
+        self._events += self._sandbox.left_behind[:1]
+        return Execution(outputs, self._events, self._seconds, self._sandbox.watch.cpu_seconds, self._sandbox.watch.peak_bytes)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -143,15 +164,14 @@ class _TwoKernels:
 
     def _kernel(self) -> StudentKernel:
         """Return the student's kernel, started (again) if need be, with all that has run so far run again."""
-        if self._student.cpu_seconds > self._limits.total_cpu_seconds:
-            raise StoppedError(f"the notebook has used up its {self._limits.total_cpu_seconds:g} s of processor time")
-        self._stop_if_too_long()
+        self._stop_if_used_up()
         if self._student.running:
             return self._student
+        self._running_sandbox()
         with self._timed("starting the kernel"):
             self._student.start()
         for source in list(self._ran):
-            self._stop_if_too_long()
+            self._stop_if_used_up()
             try:
                 self._student.execute(source)
             except StoppedError:  # it did not stop the process the first time; one more try without it
@@ -159,7 +179,9 @@ class _TwoKernels:
                 return self._kernel()
         return self._student
 
-    def _stop_if_too_long(self) -> None:
+    def _stop_if_used_up(self) -> None:
+        if self._sandbox.watch.cpu_seconds > self._limits.total_cpu_seconds:
+            raise StoppedError(f"the notebook has used up its {self._limits.total_cpu_seconds:g} s of processor time")
         if time.monotonic() - self._began > self._limits.total_wall_seconds:
             raise StoppedError(f"the notebook has used up its {self._limits.total_wall_seconds:g} s")
 
@@ -173,43 +195,53 @@ class _TwoKernels:
         except StoppedError as stopped:
             self._events.append(f"{_name(cell)} was stopped: {stopped}")
             return [_error("Stopped", [f"This cell was stopped: {stopped}."])]
-        self._ran.append(cell.source)
+        if not utils.is_locked(cell):
+            self._ran.append(cell.source)
         self._note_denials(cell, outputs)
         return outputs
 
-    def _check(self, cell: NotebookNode) -> list[dict]:
+    def _check(self, cell: NotebookNode, ran: list[str]) -> list[dict]:
         """Run a graded cell here; a failed check ends in one error, which says what is wrong and nothing of the grader."""
-        printed, stopped = [], []
-
-        def kernel() -> StudentKernel:
-            if stopped:  # one crash a check is enough
-                raise stopped[0]
-            try:
-                return self._kernel()
-            except StoppedError as error:
-                stopped.append(error)
-                raise
-
-        def ended(error: StoppedError) -> None:
-            stopped.append(error)
-            self._events.append(f"{_name(cell)}: the code that it calls was stopped: {error}")
-
-        answers = {name: KernelAnswer(name, kernel, printed.append, ended) for name in self._names}
-        said, failed = io.StringIO(), None
+        used = [name for name in self._names if name in _names_in(cell.source)]
         with self._timed("graded cells"):
-            try:
-                torch.seed()
-                with contextlib.redirect_stdout(said):
-                    exec(compile(cell.source, "<graded cell>", "exec"), self._here | answers)
-            except CheckFailedError as error:
-                failed = error
-        text = "".join(printed)
+            attempt = self._attempt(cell, Calls(self._running_sandbox, needed(ran, used, self._here)))
+            if attempt.failed is not None and attempt.calls.raised:
+                again = self._attempt(cell, Calls(self._running_sandbox, [{"source": source} for source in ran], again=True))
+                attempt = again if again.failed is None else attempt
+        calls = attempt.calls
+        if calls.stopped is not None:
+            self._events.append(f"{_name(cell)}: the code that it calls was stopped: {calls.stopped}")
+        if attempt.failed is None and calls.baggage > BAGGAGE_BYTES:
+            raise UndecidedError(
+                f"{_name(cell)} passes by measured memory, but {calls.baggage / 2**20:.0f} MiB were held before the call and "
+                "may have been given up in it; see what the student's cells keep, and give the points by hand"
+            )
+        text = "".join(calls.printed)
         if len(text) > PRINTED_CHARACTERS:
             text = text[:PRINTED_CHARACTERS] + "\n[...]\n"
-        outputs = [new_output("stream", name="stdout", text=text + said.getvalue())] if text or said.getvalue() else []
-        if failed is not None:
-            outputs.append(_error("CheckFailedError", failed.lines()))
+        outputs = [new_output("stream", name="stdout", text=text + attempt.said)] if text or attempt.said else []
+        if attempt.failed is not None:
+            outputs.append(_error("CheckFailedError", attempt.failed.lines()))
         return outputs
+
+    def _attempt(self, cell: NotebookNode, calls: "Calls") -> "_Attempt":
+        said, failed = io.StringIO(), None
+        answers = {name: Answer(name, calls) for name in self._names}
+        try:
+            torch.seed()
+            with contextlib.redirect_stdout(said):
+                exec(compile(cell.source, "<graded cell>", "exec"), self._here | answers)
+        except CheckFailedError as error:
+            failed = error
+        return _Attempt(calls, said.getvalue(), failed)
+
+    def _running_sandbox(self) -> SandboxProcess:
+        """Return the sandbox, started (again) if need be."""
+        self._stop_if_used_up()
+        if not self._sandbox.running:
+            with self._timed("starting the sandbox"):
+                self._sandbox.start()
+        return self._sandbox
 
     def _note_denials(self, cell: NotebookNode, outputs: list[NotebookNode]) -> None:
         for output in outputs:
@@ -217,6 +249,26 @@ class _TwoKernels:
                 tried = next((denied for denied in DENIED if denied in output.evalue), None)
                 if tried:
                     self._events.append(f"{_name(cell)} tried what the sandbox denies ({tried})")
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """An attempt at a check: its calls, what the check printed, and how it failed, if it did."""
+
+    calls: Calls
+    said: str
+    failed: CheckFailedError | None
+
+
+def _names_in(source: str) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+
+
+@cache
+def _imported(unit: str) -> list[str]:
+    """Return modules that take long to import, and that kernels or the unit's drivers do: an optimizer imports the compiler."""
+    uses_optimizer = any("optim" in travelling(each.driver, each.helpers) for each in exercises_of(unit))
+    return ["ipykernel.kernelapp", *(["torch._dynamo"] if uses_optimizer else [])]
 
 
 def _name(cell: NotebookNode) -> str:
@@ -290,7 +342,8 @@ def unit_version(unit: str) -> str:
     files = [path for path in here.glob("*.py") if path.stem not in NO_PART_IN_MARKS]
     files += Path(peftlab.__file__).parent.rglob("*.py")
     files += (SOLUTIONS / unit).glob("*.py")
-    files += {Path(inspect.getfile(exercise.driver)) for exercise in exercises_of(unit)}
+    packages = {Path(inspect.getfile(exercise.driver)).parent for exercise in exercises_of(unit)}
+    files += [path for package in packages for path in package.glob("*.py")]
     digest = hashlib.sha256(f"{torch.__version__} {Limits()}".encode())
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())

@@ -6,13 +6,13 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from autograder.drive import Observation, describe_error, drive, drive_and_measure
+from autograder.drive import Observation, as_torch_starts, describe_error, drive, drive_and_measure
 from autograder.failure import CheckFailedError
 
 Edits = Mapping[str, str]
@@ -20,6 +20,10 @@ Edits = Mapping[str, str]
 
 RAISED = "raised"
 PEAK_BYTES = "peak bytes"
+PEAK_ALLOWANCE = "peak allowance"
+"""A case that has this key is of measured memory alone: its value says by how many bytes a sparing answer's peak may differ."""
+NOT_WRITTEN = r"NotImplementedError(?!:)"
+"""How the description of the error begins that a cell without an answer raises; PyTorch raises it, too, with a message."""
 COMPARED = 600
 """Characters by which two errors are compared: what comes from another process may have been cut behind them."""
 
@@ -33,6 +37,7 @@ class Exercise:
     Attributes:
         spec: the functions or classes that a right answer consists of, under the names that the student uses.
         driver: `driver(*answers, **case)` uses the answers and returns what can be observed (see `autograder.drive`).
+        helpers: functions that the driver calls, which travel with it.
         cases: `cases(generator)` returns fresh random inputs, each a dict of the driver's keyword arguments.
         mistakes: each sentence names a mistake, and edits of the spec's source, or a source, make it. They are the diagnosis
             that a student reads and the wrong answers that the grader's tests must see rejected.
@@ -48,11 +53,11 @@ class Exercise:
     cases: Callable[[torch.Generator], Iterable[dict]]
     mistakes: Mapping[str, Edits | str]
     variants: Mapping[str, Edits | str]
+    helpers: Sequence[Callable] = ()
     reading: Callable[[Observation, dict], Observation] = lambda observation, case: observation
     tolerance: Callable[[dict], Mapping[str, float]] = lambda case: {}
     at_most: frozenset[str] = frozenset()
     measures_peak: Callable[[dict], bool] = lambda case: False
-    namespace: dict = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -63,13 +68,23 @@ class Exercise:
     def __call__(self, *answers: object, seed: int | None = None) -> None:
         """Check a student's answers on fresh random inputs, and say so if they pass.
 
+        What the notebook has set for all of torch does not hold meanwhile.
+
         Raises:
             CheckFailedError: naming the mistake if it is a known one, else what was expected and what came.
+            RuntimeError: if the check cannot be made on this machine.
         """
         if len(answers) != len(self.spec) or None in answers:
             raise CheckFailedError(f"{self.name}: call the check as the notebook does, with {self.name}, in this order.")
+        with as_torch_starts():
+            self._check(answers, seed)
+
+    def _check(self, answers: Sequence[object], seed: int | None) -> None:
         cases = self.fresh_cases(seed)
         expected = [self.observe(self.spec, case) for case in cases]
+        for seen in expected:
+            if RAISED in seen:  # an answer that raises the same would pass
+                raise RuntimeError(f"{self.name} cannot be checked here: the check's own answer raised {seen[RAISED]}")
         observed = [self.observe(answers, case) for case in cases]
         differences = [self.difference(*pair) for pair in zip(expected, observed, cases, strict=True)]
         if not any(differences):
@@ -97,10 +112,13 @@ class Exercise:
         """Return what the driver and the reading see of these answers; if they raise, what they raise."""
         copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in case.items()}
         try:
+            if copied.pop(PEAK_ALLOWANCE, None) is not None:
+                _, peak = drive_and_measure(self.driver, answers, copied, self.helpers, returns=False)
+                return {} if peak is None else {PEAK_BYTES: peak}
             if self.measures_peak(case):
-                observation, peak = drive_and_measure(self.driver, answers, copied)
+                observation, peak = drive_and_measure(self.driver, answers, copied, self.helpers)
             else:
-                observation, peak = drive(self.driver, answers, copied), None
+                observation, peak = drive(self.driver, answers, copied, self.helpers), None
             read = self.reading(observation, case)
         except Exception as error:
             return {RAISED: describe_error(error)}
@@ -115,17 +133,17 @@ class Exercise:
 
     def _difference(self, expected: Observation, observed: Observation, case: dict) -> str | None:
         if RAISED in observed and RAISED not in expected:
-            if re.match(r"NotImplementedError(?!:)", observed[RAISED]):  # PyTorch raises it, too, with a message
+            if re.match(NOT_WRITTEN, observed[RAISED]):
                 return "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."
             raised = " ".join(observed[RAISED].split()).rstrip(".")
             if raised.startswith("what came back"):
                 return f"{raised}. Is a `return` missing, or one of the values that it should return?"
             return f"your code raised {raised}."
-        tolerance = self.tolerance(case)
+        tolerance, at_most = self._bounds(case)
         for name, wanted in expected.items():
             if name not in observed:
                 return f"{name} is missing: expected {_short(wanted)}."
-            problem = _compare(wanted, observed[name], tolerance.get(name, 0.0), name in self.at_most)
+            problem = _compare(wanted, observed[name], tolerance.get(name, 0.0), name in at_most)
             if problem:
                 return f"{name}{problem}"
         return None
@@ -163,9 +181,9 @@ class Exercise:
     def _first_wrong_field(self, expected: Observation, observed: Observation, case: dict) -> str | None:
         if RAISED in observed:
             return RAISED
-        tolerance = self.tolerance(case)
+        tolerance, at_most = self._bounds(case)
         for name, wanted in expected.items():
-            if name not in observed or _compare(wanted, observed[name], tolerance.get(name, 0.0), name in self.at_most):
+            if name not in observed or _compare(wanted, observed[name], tolerance.get(name, 0.0), name in at_most):
                 return name
         return None
 
@@ -185,7 +203,13 @@ class Exercise:
     def _noise(self, name: str, case: dict) -> float:
         """By how much a field differs from run to run: a count of bytes not at all, whatever a right answer is allowed."""
         exact = name in self.at_most and name != PEAK_BYTES
-        return 0.0 if exact else self.tolerance(case).get(name, 0.0)
+        return 0.0 if exact else self._bounds(case)[0].get(name, 0.0)
+
+    def _bounds(self, case: dict) -> tuple[Mapping[str, float], frozenset[str]]:
+        """Return the tolerance of a case, and the fields of which less is right too."""
+        if PEAK_ALLOWANCE in case:
+            return {PEAK_BYTES: case[PEAK_ALLOWANCE]}, frozenset({PEAK_BYTES})
+        return self.tolerance(case), self.at_most
 
     def source(self, edits: Edits | str = "") -> str:
         """Return the source of the spec, with the edits made; a variant that is source already is returned as it is.
@@ -204,8 +228,12 @@ class Exercise:
         return re.sub("|".join(map(re.escape, edits)), lambda found: edits[found[0]], source) if edits else source
 
     def build(self, edits: Edits | str) -> list[object]:
-        """Return the spec's functions or classes as they are after the edits."""
-        namespace = dict(vars(sys.modules[self.spec[0].__module__]))
+        """Return the spec's functions or classes as they are after the edits.
+
+        Edits may use the names of the spec's file and of the driver's, and `math`, `torch`, `nn` and `F`.
+        """
+        namespace = {"math": math, "torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+        namespace |= vars(sys.modules[self.driver.__module__]) | vars(sys.modules[self.spec[0].__module__])
         exec(compile(self.source(edits), "<an edited spec>", "exec"), namespace)
         return [namespace[part.__name__] for part in self.spec]
 

@@ -1,14 +1,24 @@
-"""The hidden tests: the same drivers on other shapes, seeds and dtypes, held against the master's own solution.
+"""The hidden tests: the same drivers on other shapes, seeds and dtypes, compared with the master's own solution.
 
-They stand apart from the checks, beside the masters, because feedback shows the source of a graded cell to the student.
+Their cases are beside the masters, apart from the checks, because feedback shows the source of a graded cell to the student.
 A failure says what kind of case it was and no more.
 """
 
+import re
+
 import torch
+from nbformat import NotebookNode
 
 from autograder.exercise import RAISED, Exercise
 from autograder.failure import CheckFailedError
 from autograder.reference import load_hidden_cases, load_reference
+
+HIDDEN_TESTS = """
+### BEGIN HIDDEN TESTS
+from autograder import hidden
+
+hidden.check("{unit}", {check}, {answers})
+### END HIDDEN TESTS"""
 
 
 def check(unit: str, exercise: Exercise, *answers: object, seed: int | None = None) -> None:
@@ -30,3 +40,18 @@ def check(unit: str, exercise: Exercise, *answers: object, seed: int | None = No
             # The first line only: numbers of a hidden case would help no one who cannot see the case.
             first = difference.splitlines()[0]
             raise CheckFailedError(f"{exercise.name}: right on the cases that you see, wrong {label}: {first}")
+
+
+def add_to(notebook: NotebookNode, unit: str) -> None:
+    """Put the hidden tests behind the check in every graded cell; nbgrader removes them from what students receive.
+
+    Raises:
+        ValueError: if a graded cell of code is something else than the call of one check, with the answers it is to judge.
+    """
+    for cell in notebook.cells:
+        mark = cell.metadata.get("nbgrader", {})
+        if cell.cell_type == "code" and mark.get("grade") and not mark.get("solution"):
+            call = re.fullmatch(r"(check_\w+)\((.+)\)", cell.source)
+            if call is None:
+                raise ValueError(f"{unit}: the cell {mark['grade_id']} should call one check, and do nothing else")
+            cell.source += HIDDEN_TESTS.format(unit=unit, check=call[1], answers=call[2])

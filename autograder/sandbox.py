@@ -1,9 +1,10 @@
-"""Where student code runs: a Jupyter kernel inside bubblewrap, which sees its own files, its own memory and no network.
+"""Where student code runs: processes inside bubblewrap, which see their own files, their own memory and no network.
 
-Jupyter starts it like any other kernel, from a kernelspec whose command line is bubblewrap's. Inside there are the
-system's and Python's own folders, read-only; `peftlab`; a copy of what was submitted, in memory; and nothing of the
-grader: no masters, no checks, no gradebook, no other submission, no other process. Nor are the libraries there that do
-what the students are to build.
+One program runs there, `autograder.sandbox_server`, which starts the notebook's kernel and makes the calls of the checks, each
+in a process of its own; `autograder.sandbox_process` is its other end. Inside there are the system's
+and Python's own folders, read-only; `peftlab`; a copy of what was submitted, in memory; and nothing of the grader: no
+masters, no checks, no gradebook, no other submission, no other process. Nor are the libraries there that do what the students
+are to build.
 """
 
 import importlib.util
@@ -11,11 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
 import peftlab
 from peftlab.pretrained import cache_folder
@@ -25,6 +23,7 @@ HIDDEN = (HERE, HERE.parent / "solutions")
 YARDSTICKS = ("peft", "bitsandbytes")
 """Packages that do what the course has its students build: an answer that calls them is none."""
 STAND_IN = HERE / "inside"
+SERVER = "/opt/sandbox_server.py"
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts")
 SUBMISSION, HOME = "/submission", "/student"
 NOBODY = "65534"
@@ -116,7 +115,8 @@ def _enclosure(limits: Limits) -> list[str]:
     for path in (*HIDDEN, *_yardsticks()):  # they may lie inside an environment that is readable
         if any(Path(folder) in path.parents for folder in _readable()):
             box += ["--tmpfs", str(path)]
-    box += ["--ro-bind", str(STAND_IN), "/opt/autograder", "--proc", "/proc", "--dev", "/dev"]
+    box += ["--ro-bind", str(STAND_IN), "/opt/autograder", "--ro-bind", str(HERE / "sandbox_server.py"), SERVER]
+    box += ["--proc", "/proc", "--dev", "/dev"]
     for name, value in _environment().items():
         box += ["--setenv", name, value]
     return [*box, "--chdir", HOME]
@@ -167,30 +167,3 @@ def remove(folder: Path) -> str | None:
     except OSError:  # there is no `rm` on this system
         shutil.rmtree(folder, ignore_errors=True)
     return "something in it is protected" if os.path.lexists(folder) else None
-
-
-class StudentKernels(KernelSpecManager):
-    """Knows one kernel, the submission's: plain IPython, in the sandbox or, if `enclose` is None, without one."""
-
-    def __init__(self, enclose: Callable[[list[str]], list[str]] | None):
-        super().__init__()
-        self._enclose = enclose
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        """Return it, whatever name is asked for."""
-        # -P: a module that lies beside the notebook must not be taken for one that the kernel starts with.
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "ipykernel_launcher",
-            "-f",
-            "{connection_file}",
-            "--HistoryManager.hist_file=:memory:",
-        ]
-        return KernelSpec(
-            argv=self._enclose(command) if self._enclose else command,
-            display_name="Python 3 for a submission",
-            language="python",
-            interrupt_mode="message",
-        )

@@ -1,68 +1,43 @@
-"""The kernel that a submission lives in, and its answers as the checks see them from outside.
+"""The kernel that runs a submission's cells.
 
-Nothing that comes out of it is trusted: outputs are data to be shown, and what a driver returns is read without running
-anything (`autograder.drive.read_reply`). It is stopped from outside when it uses more than it may.
+Nothing that comes out of it is trusted: outputs are data to be shown, and no mark depends on them. It is stopped from outside
+when it uses more than it may.
 """
 
-import base64
 import contextlib
 import inspect
-import io
 import queue
-import signal
-import tempfile
+import secrets
 import time
-import zipfile
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import nbformat
-import psutil
-import torch
 import zmq
-from jupyter_client import KernelManager
+from jupyter_client import BlockingKernelClient, write_connection_file
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
-from autograder import intake, remote_call
-from autograder.drive import RemoteAnswer, StudentError, describe_error
-from autograder.sandbox import Limits, StudentKernels, remove, sandboxed
+from autograder import intake
+from autograder.sandbox_process import SandboxProcess
+from autograder.watch import StoppedError
 
-REPLY = "application/x-observation"
 START_SECONDS = 300
 MESSAGE_BYTES = 256 * 2**20
 LOOK_EVERY = 0.25
 SHORT = 2000
 """Characters that are left of a part of an error that is too long."""
-EXPANDED = 4
-"""How many times as large as it may be sent a reply may be for whoever goes through it."""
-REPLY_NESTED, REPLY_PARTS = 50, 1_000_000
-
-
-class StoppedError(Exception):
-    """The submission's process has ended or was ended; the message is a sentence that says why."""
 
 
 class StudentKernel:
-    """A running kernel for one submission; close it when done.
+    """A kernel for one submission's cells; close it when done.
 
     Args:
-        submission: a folder with the files that were handed in, to be found in the kernel's working directory.
-        in_sandbox: False starts an ordinary process, with the grader's own rights.
-
-    Attributes:
-        cpu_seconds, peak_bytes: what it has used so far, over all its processes and restarts.
-        left_behind: sentences on what could not be removed after it.
+        sandbox: where it is to run.
     """
 
-    def __init__(self, submission: Path | None, limits: Limits, in_sandbox: bool = True):
-        self.limits = limits
-        self.cpu_seconds, self.peak_bytes = 0.0, 0
-        self.left_behind: list[str] = []
-        self._cpu_of_this_start = self._resident = 0.0
-        self._submission, self._sandboxed = submission, in_sandbox
-        self._manager = self._client = None
+    def __init__(self, sandbox: SandboxProcess):
+        self._sandbox, self.limits, self.watch = sandbox, sandbox.watch.limits, sandbox.watch
+        self._client = self._kernel = None
 
     def start(self) -> None:
         """Start the kernel, and wait until it answers.
@@ -70,103 +45,70 @@ class StudentKernel:
         Raises:
             RuntimeError: if it does not: the grader's trouble, not the student's.
         """
-        # A socket's path may have 108 bytes: so in /tmp, whatever TMPDIR says.
-        self._folder = Path(tempfile.mkdtemp(prefix="kernel-", dir="/tmp"))
-        self._context = zmq.Context()
-        self._context.maxmsgsize = MESSAGE_BYTES
-        submission = self._submission.resolve() if self._submission else None
-        enclose = partial(sandboxed, limits=self.limits, run_folder=self._folder, submission=submission)
-        self._manager = KernelManager(
-            context=self._context,
-            transport="ipc",
-            ip=str(self._folder / "socket"),
-            connection_file=str(self._folder / "kernel.json"),
-            kernel_spec_manager=StudentKernels(enclose if self._sandboxed else None),
-            kernel_name="student",
-            cache_ports=False,
-        )
-        self._folder.chmod(0o777)
-        self._manager.start_kernel(cwd=str(self._submission) if self._submission and not self._sandboxed else None)
-        self._client = self._manager.blocking_client()
-        self._client.start_channels()
         try:
+            if not self._sandbox.running:
+                self._sandbox.start()
+            file, _ = write_connection_file(
+                str(self._sandbox.folder / f"kernel-{secrets.token_hex(4)}.json"),
+                transport="ipc",
+                ip=str(self._sandbox.folder / f"socket-{secrets.token_hex(4)}"),
+                key=secrets.token_hex(16).encode(),
+            )
+            Path(file).chmod(0o644)  # in the sandbox it is somebody else's
+            self._kernel = self._sandbox.start_kernel(Path(file))
+            self._context = zmq.Context()
+            self._context.maxmsgsize = MESSAGE_BYTES
+            self._client = BlockingKernelClient(connection_file=file, context=self._context)
+            self._client.load_connection_file()
+            self._client.start_channels()
             self._client.wait_for_ready(timeout=START_SECONDS)
-            self._execute(_PREPARING, lambda data: None, numbered=False)
+            self._execute(_PREPARING, numbered=False)
+            self._own = {process.pid for process in self._sandbox.students()}
         except (RuntimeError, StoppedError) as error:
             self.close()
             raise RuntimeError(f"the student's kernel did not start: {error}") from error
 
     def close(self) -> None:
-        """Kill every process of the submission, and remove what it wrote."""
-        if self._manager is None:
-            return
-        self._look()
-        self.cpu_seconds, self._cpu_of_this_start = self.cpu_seconds + self._cpu_of_this_start, 0.0
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
-        for step in (
-            lambda: self._client.stop_channels(),
-            lambda: self._manager.shutdown_kernel(now=True),
-            lambda: self._context.destroy(linger=0),
-        ):
-            with contextlib.suppress(Exception):  # it may be dead already
-                step()
-        self._manager = self._client = None
-        try:
-            problem = remove(self._folder)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problem:
-            self.left_behind.append(f"what it wrote beside its sockets could not be removed: {problem}")
+        """Kill every process of the submission's."""
+        if self._client is not None:
+            self.watch.look()
+            for step in (self._client.stop_channels, lambda: self._context.destroy(linger=0)):
+                with contextlib.suppress(Exception):  # it may be dead already
+                    step()
+        self._client = self._kernel = None
+        if self._sandbox.running:
+            self._sandbox.kill_students()
 
     @property
     def running(self) -> bool:
         """Whether it has been started and not been closed."""
-        return self._manager is not None
+        return self._client is not None
 
-    def process(self) -> int:
-        """Return the id, as seen from here, of the process that runs the student's code."""
-        process = psutil.Process(self._manager.provisioner.pid)
-        while self._sandboxed and not _is_python(process):  # bwrap, its init, the kernel
-            (process, *_) = process.children() or [None]
-            if process is None:
-                raise StoppedError("the kernel has ended")
-        return process.pid
-
-    def execute(self, code: str, show: Callable[[dict], None] = lambda data: None) -> list[NotebookNode]:
+    def execute(self, code: str) -> list[NotebookNode]:
         """Execute code; return its outputs as a notebook keeps them, at most `limits.output_bytes` of them.
-
-        Args:
-            show: is called with the data of a display that carries a reply, which is no output and not subject to that limit.
 
         Raises:
             StoppedError: if the process ended, or used more than it may; it is closed then.
         """
         try:
-            return self._execute(code, show)
+            return self._execute(code)
         except StoppedError:
             self.close()
             raise
 
-    def _execute(self, code: str, show: Callable[[dict], None], numbered: bool = True) -> list[NotebookNode]:
+    def _execute(self, code: str, numbered: bool = True) -> list[NotebookNode]:
         outputs, kept = [], 0
         request = self._client.execute(code, allow_stdin=False, store_history=numbered)
-        cpu_before, wall_before = self._cpu_of_this_start, time.monotonic()
-        looked = wall_before
+        began, looked = self.watch.now(), time.monotonic()
         while True:
             if time.monotonic() - looked > LOOK_EVERY:
-                self._look()
+                self.watch.stop_if_too_much(began)
                 looked = time.monotonic()
-                self._stop_if_too_much(self._cpu_of_this_start - cpu_before, looked - wall_before)
             kind, content = _said(self._next_message(), request)
             if kind == "status" and content.get("execution_state") == "idle":
                 return outputs
             if kind == "clear_output":
                 outputs.clear()
-            if kind == "display_data" and isinstance(content.get("data"), dict) and REPLY in content["data"]:
-                show(content["data"])
-                continue
             output, size = _output(kind, content)
             if output is None:
                 continue
@@ -183,7 +125,7 @@ class StudentKernel:
         try:
             return self._client.get_iopub_msg(timeout=LOOK_EVERY)
         except queue.Empty:
-            if not self._manager.is_alive():
+            if self._kernel not in self._sandbox.students():
                 raise StoppedError("the code ended its own process") from None
             return None
         except RecursionError:  # something that is nested too deep to be shown
@@ -191,146 +133,44 @@ class StudentKernel:
         except Exception as error:  # student code can send anything over this socket
             raise StoppedError(f"what came from the kernel is no Jupyter message ({type(error).__name__})") from error
 
-    def processes_inside(self) -> list[psutil.Process]:
-        """Return the student's kernel and what it started."""
-        try:
-            first = psutil.Process(self.process())
-            return [first, *first.children(recursive=True)]
-        except (psutil.Error, StoppedError):
-            return []
-
-    def _processes(self) -> list[psutil.Process]:
-        try:
-            first = psutil.Process(self._manager.provisioner.pid)
-            return [first, *first.children(recursive=True)]
-        except (psutil.Error, AttributeError, TypeError):
-            return []
-
-    def _look(self) -> None:
-        """Read the processor time and the memory of all processes from outside."""
-        cpu = resident = 0.0
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                cpu += times.user + times.system + times.children_user + times.children_system
-                resident += process.memory_info().rss
-        self._cpu_of_this_start = max(self._cpu_of_this_start, cpu)
-        self._resident = resident
-        self.peak_bytes = max(self.peak_bytes, int(resident))
-
-    def _stop_if_too_much(self, cpu_seconds: float, wall_seconds: float) -> None:
-        limits = self.limits
-        if cpu_seconds > limits.cpu_seconds:
-            raise StoppedError(f"it ran longer than {limits.cpu_seconds:g} s (of processor time): does a loop not end?")
-        if wall_seconds > limits.wall_seconds:
-            raise StoppedError(f"it did not end within {limits.wall_seconds:g} s: does it wait for something?")
-        if self._resident > limits.memory_bytes:
-            raise StoppedError(f"it used more than {limits.memory_bytes / 2**30:.3g} GiB of memory")
+    def left_running(self) -> bool:
+        """Whether the notebook's cells have started processes that are still there."""
+        return any(process.pid not in self._own for process in self._sandbox.students())
 
 
-class KernelAnswer(RemoteAnswer):
-    """What a student's cells define under a name.
+def prepare_kernel() -> None:
+    """Let the student's own modules be found, and let a notebook go on after it has closed what a kernel needs.
 
-    Args:
-        kernel: returns the kernel, running.
-        printed: is told what the answer printed.
-        ended: is told if the answer stopped the kernel.
+    It runs in the student's kernel, where it is sent as source. The working directory is searched where Jupyter searches it,
+    but only from now on: what lies there must not take the place of what a kernel starts with.
     """
+    import os
+    import sys
 
-    def __init__(
-        self,
-        name: str,
-        kernel: Callable[[], StudentKernel],
-        printed: Callable[[str], None],
-        ended: Callable[[StoppedError], None],
-    ):
-        super().__init__(name)
-        self._kernel, self._printed, self._ended = kernel, printed, ended
+    from IPython import get_ipython
 
-    def run(self, source: str, driver: str, answers: Sequence[str], arguments: bytes) -> bytes:
-        """Have the driver called in the student's kernel."""
-        parts = [source, driver, list(answers), base64.b64encode(arguments).decode(), REPLY]
-        code = _among_names_of_its_own(f"{_CALLING}\n_call_driver(names, {', '.join(map(repr, parts))})")
-        replies = []
+    environment = [place for place, path in enumerate(sys.path) if os.path.basename(path) in ("site-packages", "dist-packages")]
+    if "" not in sys.path:
+        sys.path.insert(environment[0] if environment else len(sys.path), "")
+    home, streams = os.getcwd(), {"stdout": sys.stdout, "stderr": sys.stderr}
+    for stream in streams.values():
+        stream.close = lambda: None
+
+    def mend(*details: object) -> None:
+        for name, stream in streams.items():
+            present = getattr(sys, name, None)
+            if not callable(getattr(present, "write", None)) or getattr(present, "closed", False):
+                setattr(sys, name, stream)
         try:
-            kernel = self._kernel()
-        except StoppedError as stopped:
-            raise StudentError(f"Stopped: {stopped}") from stopped
-        try:
-            outputs = kernel.execute(code, replies.append)
-        except StoppedError as stopped:
-            self._ended(stopped)
-            raise StudentError(f"Stopped: {stopped}") from stopped
-        self._printed("".join(output.text for output in outputs if output.output_type == "stream"))
-        if not replies or not isinstance(replies[-1].get(REPLY), str):
-            raise StudentError("the code sent nothing back that a check can read")
-        if len(replies[-1][REPLY]) > kernel.limits.reply_bytes:
-            raise StudentError(f"the code returned more than {kernel.limits.reply_bytes / 2**20:g} MiB")
-        error = replies[-1].get("text/plain", "")
-        if error:
-            raise StudentError(str(error)[:1000])
-        try:
-            reply = base64.b64decode(replies[-1][REPLY], validate=True)
-        except ValueError as malformed:
-            raise StudentError("the code sent nothing back that a check can read") from malformed
-        refuse_bombs(reply, EXPANDED * kernel.limits.reply_bytes)
-        return reply
+            os.getcwd()
+        except OSError:  # the folder is gone
+            os.chdir(home)
 
-    def process(self) -> int:
-        """Return the process id of the student's kernel."""
-        return self._kernel().process()
+    get_ipython().events.register("post_execute", mend)
 
 
-def refuse_bombs(reply: bytes, expanded_bytes: int) -> None:
-    """Raise an error at a reply that is small, and enormous for whoever goes through it.
-
-    A list may stand in another one many times and is sent once, and so may the numbers of a tensor; and lists can be nested
-    without end. A reply that cannot be read is the reader's business (`autograder.drive.read_reply`).
-
-    Raises:
-        StudentError: if it is such a reply.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(reply)) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > len(reply):
-                return
-        value = torch.load(io.BytesIO(reply), weights_only=True, map_location="cpu")
-    except Exception:
-        return
-    waiting, parts, size = [(value, 0)], 0, 0
-    while waiting:
-        value, depth = waiting.pop()
-        parts += 1
-        if isinstance(value, dict):
-            inside = [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple):
-            inside = list(value)
-        else:
-            inside = []
-            if isinstance(value, torch.Tensor):
-                size += value.numel() * value.element_size()
-            elif isinstance(value, str):
-                size += len(value)
-            elif isinstance(value, int):
-                size += value.bit_length() // 8
-        if depth > REPLY_NESTED or parts + len(waiting) + len(inside) > REPLY_PARTS or size > expanded_bytes:
-            raise StudentError("the code returned something that is far larger, or nested far deeper, than what was asked for")
-        waiting += [(item, depth + 1) for item in inside]
-
-
-def _among_names_of_its_own(source: str) -> str:
-    """Return code that runs `source` in the student's kernel: the student's global names are `names` there, and no others."""
-    own = "_builtins_for_the_check"
-    return f"import builtins as {own}\n{own}.exec({source!r}, {{'names': {own}.globals()}})\ndel {own}"
-
-
-def _source(function: Callable) -> str:
-    return inspect.getsource(function).replace(f"def {function.__name__}(", f"def _{function.__name__}(", 1)
-
-
-# What the sandbox needs, as source: the package itself is not to be seen there.
-_CALLING = "\n\n".join(map(_source, (describe_error, remote_call.call_driver)))
-_PREPARING = _among_names_of_its_own(f"{_source(remote_call.prepare_kernel)}\n_prepare_kernel()")
+# Among names of its own, for the student's may be called `list` or `globals`.
+_PREPARING = f"exec({inspect.getsource(prepare_kernel) + 'prepare_kernel()'!r}, {{}})"
 
 
 def _said(message: dict | None, request: str) -> tuple[str, dict]:
@@ -392,7 +232,3 @@ def _append(outputs: list[NotebookNode], output: NotebookNode) -> None:
         last.text += output.text
     else:
         outputs.append(output)
-
-
-def _is_python(process: psutil.Process) -> bool:
-    return process.name().startswith("python")

@@ -19,8 +19,6 @@ UNIT = "08_lora"
 SOLUTION = {cell["id"]: without_markers(cell.source) for cell in solution_cells(instructor_notebook(UNIT).cells)}
 MERGE = SOLUTION["merge"]
 WRONG_MERGE = MERGE.replace("layer.scaling * ", "", 1)
-AFTER_MERGE = ("check-merge", "check-adapter-files", "check-merge-into-head")
-"""What else is lost by breaking torch for the rest of one's own notebook."""
 DEFINES = "def merge(layer):\n    {}\n\n\ndef unmerge(layer):\n    {}\n"
 
 
@@ -89,9 +87,8 @@ def merge(layer):
         "import ast\nclass Strip(ast.NodeTransformer):\n"
         "    def visit_Assert(self, node): return ast.Pass()\n    def visit_Raise(self, node): return ast.Pass()\n"
         "get_ipython().ast_transformers.append(Strip())",
-        lost=("check-merge", "check-inject", "check-adapter-files"),  # answers of its own that must raise do not any more
     ),
-    "imports-the-spec": Attack({"merge": "from autograder.checks.lora import merge, unmerge"}, ("check-merge",)),
+    "imports-the-spec": Attack({"merge": "from autograder.checks.lora.merge import merge, unmerge"}, ("check-merge",)),
     "calls-the-library": Attack(
         {"merge": "from peft.tuners.lora import LoraLayer\n" + MERGE}, ("check-merge",), said="not defined"
     ),
@@ -122,13 +119,11 @@ exec(open(found[0]).read())
         "import torch\n    class Evil:\n        def __reduce__(self):\n"
         '            return (exec, (\'open("/tmp/pickled", "w")\',))\n'
         "    save = torch.save\n    torch.save = lambda value, file: save({'stolen': Evil()}, file)",
-        lost=AFTER_MERGE,
     ),
     "returns-a-bomb": merge_that(
         "import torch, zipfile\n    def save(value, file):\n"
         "        with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as z:\n"
         "            z.writestr('archive/data.pkl', bytes(2**28))\n    torch.save = save",
-        lost=AFTER_MERGE,
     ),
     "forges-replies": wrong_and(
         "from IPython.display import publish_display_data\nimport torch, base64, io\n"

@@ -8,9 +8,9 @@ import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from autograder import front, index
+from autograder import front, hidden, index
 from autograder.build import COURSE, course_config, drift, generate, instructor_notebook, main, write_instructor_notebook
-from autograder.reference import code_cells, grade_ids, load_reference, master_path, units
+from autograder.reference import code_cells, exercises_of, grade_ids, load_reference, master_path, units
 
 pytestmark = pytest.mark.xdist_group("build")
 
@@ -119,6 +119,23 @@ def test_the_page_is_written_for_people(unit):
         assert cell.source.count("<details><summary>") == cell.source.count("</details>")
         if cell.cell_type == "code" and not cell.metadata.get("nbgrader"):
             assert len(cell.source.splitlines()) <= 22, cell.source
+
+
+@pytest.mark.parametrize("unit", units())
+def test_hidden_tests_stand_behind_every_check(unit):
+    assert "hidden.check" not in master_path(unit).read_text(), "the build writes them"
+    graded = [cell.source for cell in instructor_notebook(unit).cells if cell.source.startswith("check_")]
+    assert len(graded) == len(exercises_of(unit))
+    for source in graded:
+        check, _, *lines = source.splitlines()
+        assert lines[-2] == check.replace("(", ", ").replace("check_", f'hidden.check("{unit}", check_', 1)
+
+
+def test_a_graded_cell_that_does_more_than_call_a_check_is_refused():
+    mark = {"grade": True, "solution": False, "grade_id": "check-merge"}
+    cell = nbformat.v4.new_code_cell("check_merge(merge, unmerge)\nprint('done')", metadata={"nbgrader": mark})
+    with pytest.raises(ValueError, match="08_lora: the cell check-merge should call one check"):
+        hidden.add_to(nbformat.v4.new_notebook(cells=[cell]), "08_lora")
 
 
 def test_check_names_a_unit_that_drifted(tmp_path, monkeypatch, capsys):

@@ -13,10 +13,12 @@ import pytest
 from distributed import LocalCluster
 from nbformat.v4 import new_code_cell
 
-from attacks import AFTER_MERGE, SOLUTION, UNIT, first_cell, merge_that
-from autograder import grade, intake, student_kernel
+from attacks import SOLUTION, UNIT, first_cell, merge_that
+from autograder import grade, intake, sandbox_process
 from autograder.grade import FAILED, MARKED, UNUSABLE, Settings
 from autograder.sandbox import Limits, sandbox_problem
+from autograder.sandbox_process import SandboxProcess
+from autograder.student_kernel import StudentKernel
 from classroom import Classroom
 from test_autograde import POINTS
 
@@ -158,7 +160,7 @@ def test_an_enormous_reply_costs_its_own_points_only(graded):
     classroom, records = graded
     assert records["enormous"].status == MARKED
     scores = classroom.mark("enormous").scores
-    assert {check for check in POINTS if scores[check] == 0} == set(AFTER_MERGE)
+    assert {check for check in POINTS if scores[check] == 0} == {"check-merge"}
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,9 @@ STEPS = {
     "take-in": "it could not be read",
     "sanitize": "it could not be put into the released form",
     "start": "executing it failed",
+    "kernel": "executing it failed",
     "execute": "executing it failed",
+    "call": "executing it failed",
     "mark": "it could not be marked",
     "deep": "could not be marked",
 }
@@ -223,28 +227,30 @@ def test_an_error_in_any_step_costs_nobody_else_a_mark(tmp_path, monkeypatch):
         (path.parent / "who.txt").write_text(student)
 
     def is_of(student: str) -> Callable[..., bool]:
-        return lambda kernel, *_: (kernel._submission / "who.txt").read_text() == student
+        return lambda sandbox, *_: (sandbox._submission / "who.txt").read_text() == student
 
     def holds(student: str) -> Callable[..., bool]:
         return lambda folder: (folder / "who.txt").is_file() and (folder / "who.txt").read_text() == student
 
-    removed = student_kernel.StudentKernel.close
+    removed = SandboxProcess.close
 
-    def close_badly(kernel):
-        if is_of("clean-up")(kernel):
+    def close_badly(sandbox):
+        if is_of("clean-up")(sandbox):
             with monkeypatch.context() as patched:
-                patched.setattr(student_kernel, "remove", _fails)
-                return removed(kernel)
-        return removed(kernel)
+                patched.setattr(sandbox_process, "remove", _fails)
+                return removed(sandbox)
+        return removed(sandbox)
 
     def too_deep(*_):
         return too_deep()
 
-    monkeypatch.setattr(student_kernel.StudentKernel, "close", close_badly)
+    monkeypatch.setattr(SandboxProcess, "close", close_badly)
     _throw_in(monkeypatch, intake, "read", lambda place, *_: place.parent.name == "take-in")
     _throw_in(monkeypatch, grade._Run, "sanitized", lambda run, student, *_: student == "sanitize")
-    _throw_in(monkeypatch, student_kernel.StudentKernel, "start", is_of("start"))
-    _throw_in(monkeypatch, student_kernel.StudentKernel, "execute", is_of("execute"))
+    _throw_in(monkeypatch, SandboxProcess, "start", is_of("start"))
+    _throw_in(monkeypatch, SandboxProcess, "start_kernel", is_of("kernel"))
+    _throw_in(monkeypatch, StudentKernel, "execute", lambda kernel, *_: is_of("execute")(kernel._sandbox))
+    _throw_in(monkeypatch, SandboxProcess, "call", is_of("call"))
     _throw_in(monkeypatch, grade._Run, "autograde", lambda run, student: student == "mark")
     _throw_in(monkeypatch, grade, "remove", holds("sweep"))
     marked = grade._Run.autograde

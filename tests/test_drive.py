@@ -1,13 +1,15 @@
 """A driver runs where the answer lives, on any system."""
 
+import builtins
 import ctypes
-import inspect
-import textwrap
+import symtable
 
 import pytest
 import torch
 
 from autograder import drive
+from autograder.reference import exercises_of, units
+from symbols import global_names
 
 
 @pytest.fixture
@@ -25,8 +27,24 @@ def test_a_check_that_measures_runs_on_windows(windows):
     assert torch.equal(observation["y"], -torch.ones(3))
 
 
-def test_what_returns_freed_memory_stands_alone():
-    """It also travels to the student's kernel as source."""
-    alone = {}
-    exec(textwrap.dedent(inspect.getsource(drive._return_freed_memory)), alone)
-    assert alone["_return_freed_memory"]() == {}
+@pytest.mark.parametrize("unit", [unit for unit in units() if exercises_of(unit)])
+def test_a_driver_stands_alone_with_its_helpers(unit):
+    """Together they travel to the student's kernel as source, without the rest of their files."""
+    for exercise in exercises_of(unit):
+        table = symtable.symtable(drive.travelling(exercise.driver, exercise.helpers), "<a driver>", "exec")
+        defined = {symbol.get_name() for symbol in table.get_symbols()}
+        assert global_names(table) <= defined | set(dir(builtins)), exercise.name
+        called = set().union(*(global_names(function) for function in table.get_children()))
+        assert {helper.__name__ for helper in exercise.helpers} <= called, f"{exercise.name} has helpers that it does not call"
+
+
+def test_a_notebooks_own_defaults_do_not_hold_in_a_check():
+    exercise = exercises_of("08_lora")[0]
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    try:
+        exercise(*exercise.spec, seed=0)
+        assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)

@@ -13,9 +13,10 @@ import torch
 
 import autograder.checks
 from autograder import hidden
-from autograder.exercise import _compare
+from autograder.exercise import RAISED, Exercise, _compare
 from autograder.failure import CheckFailedError
 from autograder.reference import exercises_of, load_reference, units
+from symbols import global_names
 
 MODULES = [
     importlib.import_module(f"autograder.checks.{module.name}") for module in pkgutil.iter_modules(autograder.checks.__path__)
@@ -84,13 +85,8 @@ def test_answers_use_only_names_that_the_notebook_has(unit):
         for name, edits in (exercise.mistakes | exercise.variants).items():
             source = exercise.source(edits)
             table = symtable.symtable(source, "<an answer>", "exec")
-            unknown = _global_names(table) - available - {symbol.get_name() for symbol in table.get_symbols()}
+            unknown = global_names(table) - available - {symbol.get_name() for symbol in table.get_symbols()}
             assert not unknown, name
-
-
-def _global_names(table: symtable.SymbolTable) -> set[str]:
-    inner = (_global_names(child) for child in table.get_children())
-    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}.union(*inner)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -177,4 +173,11 @@ def test_a_cell_run_twice_in_between_does_not_matter():
     """Checks take fresh inputs on every call, and leave no state behind."""
     exercise = EXERCISES["check_lora_forward"]
     for _ in range(3):
+        exercise(*exercise.spec)
+
+
+def test_a_check_whose_own_answer_raises_passes_nothing(monkeypatch):
+    exercise = EXERCISES["check_merge"]
+    monkeypatch.setattr(Exercise, "observe", lambda *_: {RAISED: "OSError: not on this system"})
+    with pytest.raises(RuntimeError, match=r"cannot be checked here: .* OSError: not on this system"):
         exercise(*exercise.spec)

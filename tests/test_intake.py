@@ -19,11 +19,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from attacks import MERGE, SOLUTION, UNIT
 from autograder import grade, sanitize
 from autograder.build import instructor_notebook
-from autograder.drive import StudentError
+from autograder.drive import StudentError, read_reply
 from autograder.intake import FILES_BYTES, Submission, UnusableError, name_problem, printable, read, students, unknown, whole
 from autograder.reference import units
 from autograder.sandbox import remove
-from autograder.student_kernel import REPLY, _output, _said, refuse_bombs
+from autograder.student_kernel import _output, _said
 
 NAME = f"{UNIT}.ipynb"
 STUB = "raise NotImplementedError()"
@@ -437,12 +437,11 @@ def deep_list() -> list:
 )
 def test_a_reply_that_is_small_and_enormous_is_refused(value, in_time):
     with pytest.raises(StudentError, match="far larger"):
-        refuse_bombs(saved(value), 2**28)
+        read_reply(saved(value), 2**28)
 
 
 def test_a_reply_that_is_as_asked_for_is_not_refused():
-    refuse_bombs(saved({"a": torch.zeros(2**20), "b": [torch.zeros(3).expand(4, 3), "text", 1.5, None]}), 2**28)
-    refuse_bombs(b"no reply", 2**28)
+    read_reply(saved({"a": torch.zeros(2**20), "b": [torch.zeros(3).expand(4, 3), "text", 1.5, None]}), 2**28)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +452,7 @@ def test_a_reply_that_is_as_asked_for_is_not_refused():
         {"parent_header": None, "msg_type": "stream", "content": {}},
         {"parent_header": {"msg_id": "r"}, "msg_type": 3, "content": {}},
         {"parent_header": {"msg_id": "r"}, "msg_type": "display_data", "content": {}},
-        {"parent_header": {"msg_id": "r"}, "msg_type": "display_data", "content": {"data": [REPLY], "metadata": 1}},
+        {"parent_header": {"msg_id": "r"}, "msg_type": "display_data", "content": {"data": ["text"], "metadata": 1}},
         {"parent_header": {"msg_id": "r"}, "msg_type": "execute_result", "content": {"data": {"text/plain": 3}}},
         {"parent_header": {"msg_id": "r"}, "msg_type": "stream", "content": {"name": "\ud83d", "text": None}},
         {"parent_header": {"msg_id": "r"}, "msg_type": "error", "content": {"traceback": [None, {"a": 1}]}},

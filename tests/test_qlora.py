@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ with warnings.catch_warnings():
     import bitsandbytes
     from bitsandbytes import functional as bnb
 
-from autograder.checks import qlora as spec
+from autograder.checks.qlora import EXERCISES
 from autograder.reference import load_reference
 from peftlab.dynamic_code import dynamic_code, nearest_code
 from peftlab.llama import PRESETS, Llama, causal_loss, set_gradient_checkpointing
@@ -26,7 +27,8 @@ from peftlab.training import trainable, twenty_steps
 from test_quantization import same_weight
 
 MASTER = load_reference("10_qlora")
-IMPLEMENTATIONS = pytest.mark.parametrize("ours", [spec, MASTER], ids=["spec", "master"])
+SPEC = SimpleNamespace(**{part.__name__: part for exercise in EXERCISES.values() for part in exercise.spec})
+IMPLEMENTATIONS = pytest.mark.parametrize("ours", [SPEC, MASTER], ids=["spec", "master"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 DOUBLE = pytest.mark.parametrize("double", [False, True], ids=["absmax", "double quantization"])
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ with warnings.catch_warnings():
     import bitsandbytes.cextension
     from bitsandbytes import functional as bnb
 
-from autograder.checks import quantization as spec
+from autograder.checks.quantization import EXERCISES
 from autograder.reference import load_reference
 from peftlab.dynamic_code import dynamic_code, nearest_code
 
 MASTER = load_reference("09_quantization")
-IMPLEMENTATIONS = pytest.mark.parametrize("ours", [spec, MASTER], ids=["spec", "master"])
+SPEC = SimpleNamespace(**{part.__name__: part for exercise in EXERCISES.values() for part in exercise.spec})
+IMPLEMENTATIONS = pytest.mark.parametrize("ours", [SPEC, MASTER], ids=["spec", "master"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 

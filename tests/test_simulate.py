@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autograder.checks.why_peft import activation_bytes, activations_case, count_parameters, training_bytes
+from autograder.checks.why_peft.activation_bytes import activation_bytes, activations_case
+from autograder.checks.why_peft.count_parameters import count_parameters
+from autograder.checks.why_peft.training_bytes import training_bytes
 from autograder.reference import load_reference
 from peftlab import calculator
 from peftlab.llama import PRESETS, Llama, LlamaConfig

@@ -116,11 +116,6 @@ def count_parameters(config: LlamaConfig) -> int:
 
 # %% nbgrader={"grade": true, "grade_id": "check-count-parameters", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_count_parameters(count_parameters)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("01_why_peft", check_count_parameters, count_parameters)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # A model on the device `meta` has shapes and no numbers, so that even the largest can be built and asked:
@@ -191,11 +186,6 @@ def training_bytes(parameters: int, adapted: int, trained: int, recipe: str) -> 
 
 # %% nbgrader={"grade": true, "grade_id": "check-training-bytes", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_training_bytes(training_bytes)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("01_why_peft", check_training_bytes, training_bytes)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Now the table of the claim can be taken apart. In your function's terms it is the recipe `fp16`:
@@ -247,11 +237,6 @@ def adam_step(
 
 # %% nbgrader={"grade": true, "grade_id": "check-adam-step", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_adam_step(adam_step)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("01_why_peft", check_adam_step, adam_step)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # A weight of 0.02, a gradient of 0.001, a learning rate of 0.00002: an ordinary first step of full fine-tuning, in three precisions.
@@ -320,11 +305,6 @@ def activation_bytes(config: LlamaConfig, batch_size: int, sequence_length: int,
 
 # %% nbgrader={"grade": true, "grade_id": "check-activation-bytes", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_activation_bytes(activation_bytes)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("01_why_peft", check_activation_bytes, activation_bytes)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Korthikanti et al. (2022) count in units of $s\,b\,h$: sequence length times batch times hidden size. For a GPT layer in 16 bits they
@@ -517,11 +497,6 @@ def classify(base: frozenset[str], trained: frozenset[str], deployed: frozenset[
 
 # %% nbgrader={"grade": true, "grade_id": "check-classify", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_classify(classify)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("01_why_peft", check_classify, classify)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 7. Bug hunt  ·  1 point, about 10 minutes
@@ -561,11 +536,6 @@ def count_trainable(model: nn.Module) -> tuple[int, int]:
 
 # %% nbgrader={"grade": true, "grade_id": "check-count-trainable", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_count_trainable(count_trainable)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("01_why_peft", check_count_trainable, count_trainable)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 8. In your own words  ·  2 points, marked by hand

@@ -127,11 +127,6 @@ def truncated_svd(matrix: Float[Tensor, "out in"], rank: int) -> tuple[Float[Ten
 
 # %% nbgrader={"grade": true, "grade_id": "check-truncated-svd", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_truncated_svd(truncated_svd)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("02_rank_decomposition", check_truncated_svd, truncated_svd)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Yours and the slow helper's pictures are the same, although their columns may differ in sign, and in length:
@@ -173,11 +168,6 @@ def truncation_error(singular_values: Float[Tensor, "values"], rank: int) -> flo
 
 # %% nbgrader={"grade": true, "grade_id": "check-truncation-error", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_truncation_error(truncation_error)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("02_rank_decomposition", check_truncation_error, truncation_error)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Predict, then measure
@@ -246,11 +236,6 @@ def effective_rank(singular_values: Float[Tensor, "values"]) -> float:
 
 # %% nbgrader={"grade": true, "grade_id": "check-soft-ranks", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_soft_ranks(stable_rank, effective_rank)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("02_rank_decomposition", check_soft_ranks, stable_rank, effective_rank)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # And the energy rank. A rank that holds *exactly* the share is enough.
@@ -277,11 +262,6 @@ def energy_rank(singular_values: Float[Tensor, "values"], share: float) -> int:
 
 # %% nbgrader={"grade": true, "grade_id": "check-energy-rank", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_energy_rank(energy_rank)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("02_rank_decomposition", check_energy_rank, energy_rank)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Try them on four matrices of 144 rows. Which has the lowest stable rank? On which will the three disagree most?
@@ -336,11 +316,6 @@ def break_even_rank(out_features: int, in_features: int) -> int:
 
 # %% nbgrader={"grade": true, "grade_id": "check-break-even", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_break_even(factor_parameters, break_even_rank)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("02_rank_decomposition", check_break_even, factor_parameters, break_even_rank)
-### END HIDDEN TESTS
 
 # %%
 for preset in ("SmolLM2-135M", "LLaMA-7B", "Llama-2-70B"):
@@ -381,11 +356,6 @@ def factor_gradients(
 
 # %% nbgrader={"grade": true, "grade_id": "check-factor-gradients", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_factor_gradients(factor_gradients)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("02_rank_decomposition", check_factor_gradients, factor_gradients)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Autograd must come to the same numbers. Here is a loss that is not even quadratic:
@@ -696,11 +666,6 @@ def subspace_overlap(first: Float[Tensor, "features i"], second: Float[Tensor, "
 
 # %% nbgrader={"grade": true, "grade_id": "check-subspace-overlap", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_subspace_overlap(subspace_overlap)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("02_rank_decomposition", check_subspace_overlap, subspace_overlap)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # First the two full fine-tuning runs: the first $i$ directions of one change with the first $j$ of the other. An overlap means
@@ -904,11 +869,6 @@ def add_products(
 
 # %% nbgrader={"grade": true, "grade_id": "check-add-products", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_add_products(add_products)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("02_rank_decomposition", check_add_products, add_products)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The price is the rank: it adds up with every adapter. `truncated_svd` brings it down again, at an error which `truncation_error`

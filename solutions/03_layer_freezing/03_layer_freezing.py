@@ -165,11 +165,6 @@ def train_first(model: Llama, count: int) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-train-last", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_train_last(train_last, train_first)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("03_layer_freezing", check_train_last, train_last, train_first)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The second *measures*: it takes a training step at either end, with an optimizer that holds all of the model's parameters. It counts the bytes of
@@ -177,11 +172,6 @@ hidden.check("03_layer_freezing", check_train_last, train_last, train_first)
 
 # %% nbgrader={"grade": true, "grade_id": "check-freezing-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_freezing_memory(train_last, train_first)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("03_layer_freezing", check_freezing_memory, train_last, train_first)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Zero is not None
@@ -418,11 +408,6 @@ def numbers_kept(config: LlamaConfig, layers: Sequence[int], embedding: bool = F
 
 # %% nbgrader={"grade": true, "grade_id": "check-numbers-kept", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_numbers_kept(numbers_kept)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("03_layer_freezing", check_numbers_kept, numbers_kept)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Now hold your formula against the curve that you measured: four bytes a number, times the tokens of the batch.
@@ -520,11 +505,6 @@ def train_only(
 
 # %% nbgrader={"grade": true, "grade_id": "check-train-only", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_train_only(train_only)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("03_layer_freezing", check_train_only, train_only)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # What does the tie cost? "Train the head alone" is the cheapest thing there is in a model whose head has a weight of its own. In a
@@ -595,11 +575,6 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-trained-files", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_trained_files(save_trained, load_trained)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("03_layer_freezing", check_trained_files, save_trained, load_trained)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### How much is that?
@@ -857,11 +832,6 @@ def run_checkpointed(
 
 # %% nbgrader={"grade": true, "grade_id": "check-run-checkpointed", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_run_checkpointed(run_checkpointed)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("03_layer_freezing", check_run_checkpointed, run_checkpointed)
-### END HIDDEN TESTS
 
 # %%
 print(f"{len(learning(run_checkpointed))} of 19 trainable parameters get a gradient")

@@ -133,11 +133,6 @@ def add_biases(model: Llama) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-add-biases", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_add_biases(add_biases)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("04_bitfit", check_add_biases, add_biases)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Adding zero rounds nothing, so the logits must be the same to the last bit, in every dtype:
@@ -210,11 +205,6 @@ def train_norm_gains(model: nn.Module) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-train", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_train(train_biases, train_norm_gains)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("04_bitfit", check_train, train_biases, train_norm_gains)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Predict, then measure: which share?
@@ -342,22 +332,12 @@ def biased_linear_backward(
 
 # %% nbgrader={"grade": true, "grade_id": "check-bias-backward", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_bias_backward(biased_linear, biased_linear_backward)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("04_bitfit", check_bias_backward, biased_linear, biased_linear_backward)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The second *measures*: it makes a layer of your two functions, takes a training step, and counts what forward left. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-bias-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_bias_memory(biased_linear, biased_linear_backward)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("04_bitfit", check_bias_memory, biased_linear, biased_linear_backward)
-### END HIDDEN TESTS
 
 
 # %% [markdown]
@@ -519,11 +499,6 @@ def load_biases(model: nn.Module, path: str | Path) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-bias-files", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_bias_files(save_biases, load_biases)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("04_bitfit", check_bias_files, save_biases, load_biases)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 6. On a real model
@@ -864,11 +839,6 @@ def fold_value_bias(attention: LlamaAttention) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-fold-value-bias", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_fold_value_bias(fold_value_bias)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("04_bitfit", check_fold_value_bias, fold_value_bias)
-### END HIDDEN TESTS
 
 # %%
 print(f"largest change of any logit: {change_by(fold_value_bias):.1e}")

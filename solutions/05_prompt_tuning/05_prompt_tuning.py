@@ -194,11 +194,6 @@ class PromptedModel(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-prompted-forward", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_prompted_forward(PromptedModel)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("05_prompt_tuning", check_prompted_forward, PromptedModel)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The second *measures*: it takes a training step and counts the bytes of every gradient, of the optimizer's state, and of all that
@@ -206,11 +201,6 @@ hidden.check("05_prompt_tuning", check_prompted_forward, PromptedModel)
 
 # %% nbgrader={"grade": true, "grade_id": "check-prompted-memory", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_prompted_memory(PromptedModel)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("05_prompt_tuning", check_prompted_memory, PromptedModel)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Now the count. `with_prompt` freezes the *whole* model first: the head lies outside of `model.model`, and where it is not tied to the
@@ -291,11 +281,6 @@ def text_start(embedding: nn.Embedding, token_ids: Sequence[int], length: int) -
 
 # %% nbgrader={"grade": true, "grade_id": "check-starts", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_starts(random_start, vocabulary_start, text_start)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("05_prompt_tuning", check_starts, random_start, vocabulary_start, text_start)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # A soft prompt that starts from a text *is* that text, until the first step. This can be proved, as any injection should be: the
@@ -436,11 +421,6 @@ def prompted_loss(logits: Float[Tensor, "batch prompt_and_seq vocab"], labels: I
 
 # %% nbgrader={"grade": true, "grade_id": "check-prompted-loss", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_prompted_loss(prompted_loss)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("05_prompt_tuning", check_prompted_loss, prompted_loss)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Cutting the prompt off and using the ordinary loss is the same, unless the first token has a label:
@@ -530,11 +510,6 @@ class MixedPrompts(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-mixed-prompts", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_mixed_prompts(MixedPrompts)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("05_prompt_tuning", check_mixed_prompts, MixedPrompts)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 6. The prompt's file  ·  1 point, about 10 minutes
@@ -583,11 +558,6 @@ def load_prompt(prompted: PromptedModel, path: str | Path) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-prompt-files", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_prompt_files(save_prompt, load_prompt)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("05_prompt_tuning", check_prompt_files, save_prompt, load_prompt)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 7. Bug hunt: metrics that never move  ·  2 points, about 20 minutes
@@ -716,11 +686,6 @@ def diagnose(prompted: PromptedModel, optimizer: torch.optim.Optimizer, loss: Ca
 
 # %% nbgrader={"grade": true, "grade_id": "check-diagnose", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_diagnose(diagnose)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("05_prompt_tuning", check_diagnose, diagnose)
-### END HIDDEN TESTS
 
 # %%
 for name, run in {"a": run_a, "b": run_b, "c": run_c, "c, learning rate 0.1": lambda: run_c(0.1)}.items():

@@ -242,11 +242,6 @@ class PrefixAttention(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-prefix-attention", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_prefix_attention(PrefixAttention)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("06_prefix_tuning", check_prefix_attention, PrefixAttention)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The second *measures*. It puts your attention into two layers, takes a training step, and counts the bytes of every gradient, of the
@@ -255,11 +250,6 @@ hidden.check("06_prefix_tuning", check_prefix_attention, PrefixAttention)
 
 # %% nbgrader={"grade": true, "grade_id": "check-prefix-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_prefix_memory(PrefixAttention)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("06_prefix_tuning", check_prefix_memory, PrefixAttention)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Against the definition, with one head, where the two can be compared number by number. The projections are the identity, so that
@@ -369,11 +359,6 @@ class PrefixModel(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-prefix-model", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_prefix_model(PrefixModel)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("06_prefix_tuning", check_prefix_model, PrefixModel)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # `PrefixModel` freezes its base; the head of the language model lies outside. In SmolLM2 the head is the embedding's own tensor and so is
@@ -467,11 +452,6 @@ def prefix_from_tokens(model: Llama, input_ids: Int[Tensor, "1 tokens"]) -> Pref
 
 # %% nbgrader={"grade": true, "grade_id": "check-prefix-from-tokens", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_prefix_from_tokens(prefix_from_tokens)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("06_prefix_tuning", check_prefix_from_tokens, prefix_from_tokens)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Now hold the two against each other, on a tiny model: five tokens in front of two texts, once as text and once as prefix. How far apart may
@@ -565,11 +545,6 @@ def fold(prefix: ReparameterizedPrefix) -> Prefix:
 
 # %% nbgrader={"grade": true, "grade_id": "check-reparameterized", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_reparameterized(ReparameterizedPrefix, fold)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("06_prefix_tuning", check_reparameterized, ReparameterizedPrefix, fold)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The scaffolding is larger than the house. For SmolLM2, with an MLP as wide as the model:
@@ -1132,11 +1107,6 @@ class PrefixCache:
 
 # %% nbgrader={"grade": true, "grade_id": "check-prefix-cache", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_prefix_cache(PrefixCache)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("06_prefix_tuning", check_prefix_cache, PrefixCache)
-### END HIDDEN TESTS
 
 # %%
 in_full, checkpointed = gradient_of_prefix(PrefixCache, False), gradient_of_prefix(PrefixCache, True)

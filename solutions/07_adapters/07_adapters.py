@@ -173,11 +173,6 @@ class Adapter(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapter", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_adapter(Adapter)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("07_adapters", check_adapter, Adapter)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The second *measures*: it takes a training step and counts the bytes of every gradient, of the optimizer's state, and of all that
@@ -185,11 +180,6 @@ hidden.check("07_adapters", check_adapter, Adapter)
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapter-memory", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_adapter_memory(Adapter)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("07_adapters", check_adapter_memory, Adapter)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### The first step
@@ -296,22 +286,12 @@ def add_adapters(model: Llama, bottleneck: int, places: Sequence[str] = ("self_a
 
 # %% nbgrader={"grade": true, "grade_id": "check-add-adapters", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_add_adapters(Adapted, add_adapters)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("07_adapters", check_add_adapters, Adapted, add_adapters)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The second takes a training step with such a model, in fp32 and in bf16, and counts bytes. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapted-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_adapted_memory(Adapted, add_adapters)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("07_adapters", check_adapted_memory, Adapted, add_adapters)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Nothing has changed, and that can be proved
@@ -385,11 +365,6 @@ def largest_bottleneck(config: LlamaConfig, budget: int, places: Sequence[str] =
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapter-parameters", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_adapter_parameters(adapter_parameters, largest_bottleneck)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("07_adapters", check_adapter_parameters, adapter_parameters, largest_bottleneck)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # A formula should be held against the thing itself. On the device "meta" there are shapes without numbers, so that a model of
@@ -633,11 +608,6 @@ def activate(model: nn.Module, *names: str) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapter-bank", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_adapter_bank(AdapterBank, activate)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("07_adapters", check_adapter_bank, AdapterBank, activate)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 6. On a real model, one base for two tasks
@@ -1031,11 +1001,6 @@ def join(first: dict[str, Tensor], second: dict[str, Tensor], weights: tuple[flo
 
 # %% nbgrader={"grade": true, "grade_id": "check-join", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_join(join)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("07_adapters", check_join, join)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Does it matter on a real model? Join the two tasks' adapters of section 6, half and half, once right and once wrong. What will the two

@@ -174,22 +174,12 @@ class LoRALinear(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-lora-forward", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_lora_forward(LoRALinear)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("08_lora", check_lora_forward, LoRALinear)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The second looks at a new layer: what it starts from, and what in it learns. *1 point.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-lora-start", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_lora_start(LoRALinear)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("08_lora", check_lora_start, LoRALinear)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The third *measures*. It takes a training step with a small layer and counts the bytes of every gradient, of the optimizer's state and of all that
@@ -199,11 +189,6 @@ hidden.check("08_lora", check_lora_start, LoRALinear)
 
 # %% nbgrader={"grade": true, "grade_id": "check-lora-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_lora_memory(LoRALinear)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("08_lora", check_lora_memory, LoRALinear)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 2. Put it into a model  ·  2 points, about 15 minutes
@@ -256,11 +241,6 @@ def inject(model: nn.Module, target_modules: Sequence[str], make_layer: Callable
 
 # %% nbgrader={"grade": true, "grade_id": "check-inject", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_inject(inject)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("08_lora", check_inject, inject)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Predict, then measure: how many parameters?
@@ -425,11 +405,6 @@ def unmerge(layer: LoRALinear) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-merge", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_merge(merge, unmerge)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("08_lora", check_merge, merge, unmerge)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Merging is exact on paper. In floating point it rounds once per weight, and how much that matters depends on the dtype. The
@@ -504,11 +479,6 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapter-files", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_adapter_files(save_adapter, load_adapter)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("08_lora", check_adapter_files, save_adapter, load_adapter)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 6. On a real model
@@ -756,11 +726,6 @@ def merge_into_head(model: Llama) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-merge-into-head", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_merge_into_head(merge_into_head)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("08_lora", check_merge_into_head, merge_into_head)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 9. In your own words  ·  2 points, marked by hand

@@ -139,11 +139,6 @@ def from_int8(codes: Int8[Tensor, "blocks size"], absmax: Float[Tensor, "blocks"
 
 # %% nbgrader={"grade": true, "grade_id": "check-absmax-int8", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_absmax_int8(absmax_int8, from_int8)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_absmax_int8, absmax_int8, from_int8)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Predict, then measure: one outlier
@@ -268,11 +263,6 @@ def nf4_levels() -> Float[Tensor, "16"]:
 
 # %% nbgrader={"grade": true, "grade_id": "check-levels", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_levels(normal_float_levels, nf4_levels)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_levels, normal_float_levels, nf4_levels)
-### END HIDDEN TESTS
 
 # %%
 x = torch.linspace(-1.4, 1.4, 300)
@@ -340,11 +330,6 @@ def nearest_level(x: Float[Tensor, "..."], levels: Float[Tensor, "levels"]) -> U
 
 # %% nbgrader={"grade": true, "grade_id": "check-nearest-level", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_nearest_level(nearest_level)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_nearest_level, nearest_level)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # **Two codes a byte** *(2 points)*. PyTorch has no tensor of four-bit numbers, so two neighbouring codes share a byte, the *first* in the
@@ -387,11 +372,6 @@ def unpack(packed: UInt8[Tensor, "half 1"]) -> UInt8[Tensor, "n"]:
 
 # %% nbgrader={"grade": true, "grade_id": "check-pack", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_pack(pack, unpack)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_pack, pack, unpack)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 4. A weight in four bits  ·  3 points, about 20 minutes
@@ -453,11 +433,6 @@ def quantize_nf4(weight: Float[Tensor, "..."], block_size: int = 64) -> tuple[UI
 
 # %% nbgrader={"grade": true, "grade_id": "check-quantize", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_quantize(quantize_4bit, quantize_nf4)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_quantize, quantize_4bit, quantize_nf4)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # **Dequantize** *(1 point)*. Level times absmax, a product in fp32, rounded *once*, at the end, to the dtype that is asked for. Rounding
@@ -498,11 +473,6 @@ def dequantize_nf4(
 
 # %% nbgrader={"grade": true, "grade_id": "check-dequantize", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_dequantize(dequantize_4bit, dequantize_nf4)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_dequantize, dequantize_4bit, dequantize_nf4)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Which levels for normal numbers?
@@ -605,11 +575,6 @@ def undo_double(
 
 # %% nbgrader={"grade": true, "grade_id": "check-double-quantize", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_double_quantize(double_quantize, undo_double)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_double_quantize, double_quantize, undo_double)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # What does it cost? An absmax that is off by a little scales its whole block by a little:
@@ -653,11 +618,6 @@ def bits_per_parameter(bits: int, block_size: int = 64, nested_block_size: int |
 
 # %% nbgrader={"grade": true, "grade_id": "check-bits", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_bits(bits_per_parameter)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_bits, bits_per_parameter)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Is it so? Count the bytes of the tensors that your functions returned for the 1024 × 1024 numbers above. `tensor_bytes` looks at
@@ -983,11 +943,6 @@ def to_blocks(weight: Float[Tensor, "..."], block_size: int = 64) -> Float[Tenso
 
 # %% nbgrader={"grade": true, "grade_id": "check-to-blocks", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_to_blocks(to_blocks)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("09_quantization", check_to_blocks, to_blocks)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 11. In your own words  ·  2 points, marked by hand

@@ -187,11 +187,6 @@ def dequantize_nf4(
 
 # %% nbgrader={"grade": true, "grade_id": "check-fast-dequantize", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_fast_dequantize(dequantize_nf4)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("10_qlora", check_fast_dequantize, dequantize_nf4)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 2. A layer of codes  ·  4 points, about 35 minutes
@@ -330,22 +325,12 @@ class NF4Linear(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-nf4-linear", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_nf4_linear(NF4Product, NF4Linear)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("10_qlora", check_nf4_linear, NF4Product, NF4Linear)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The second *measures*: the bytes that the layer keeps, those that forward leaves for backward, and the peak of both. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-nf4-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_nf4_memory(NF4Product, NF4Linear)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("10_qlora", check_nf4_memory, NF4Product, NF4Linear)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### What dequantizing again is worth
@@ -453,11 +438,6 @@ class QLoRALinear(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-qlora-layer", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_qlora_layer(QLoRALinear)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("10_qlora", check_qlora_layer, QLoRALinear)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # **The model** *(2 points)*. Which layers? The linear ones of the decoder layers, all of them: they hold nearly all weights of a large model. What
@@ -517,11 +497,6 @@ def qlora(
 
 # %% nbgrader={"grade": true, "grade_id": "check-qlora", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_qlora(qlora)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("10_qlora", check_qlora, qlora)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### How much is trained?
@@ -779,11 +754,6 @@ class AdamW8bit(torch.optim.Optimizer):
 
 # %% nbgrader={"grade": true, "grade_id": "check-adamw-8bit", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_adamw_8bit(to_8bit, from_8bit, AdamW8bit)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("10_qlora", check_adamw_8bit, to_8bit, from_8bit, AdamW8bit)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Does it train as well as AdamW? Here is a tiny LLaMA, trained in full, once with each, on the same random sentences, to learn them by heart.
@@ -1118,11 +1088,6 @@ def merged_weight(layer: QLoRALinear, dtype: torch.dtype = torch.float32) -> Flo
 
 # %% nbgrader={"grade": true, "grade_id": "check-merged-weight", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_merged_weight(merged_weight)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("10_qlora", check_merged_weight, merged_weight)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Into how many bits? The model trained in section 6 is at hand. Merge it into 32 bits, into 16, and back into four, and compare what each gives with what the
@@ -1584,11 +1549,6 @@ def prepare_for_training(model: nn.Module) -> None:
 
 # %% nbgrader={"grade": true, "grade_id": "check-prepare", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_prepare(prepare_for_training)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("10_qlora", check_prepare, prepare_for_training)
-### END HIDDEN TESTS
 
 # %%
 step = bytes_after(prepare_for_training)

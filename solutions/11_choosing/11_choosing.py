@@ -150,11 +150,6 @@ def merge_rows(
 
 # %% nbgrader={"grade": true, "grade_id": "check-merge-rows", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_merge_rows(merge_rows)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_merge_rows, merge_rows)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Now with real rows. This notebook runs whether you have none, some or all; a file that is no row is named and left out. Both tasks were trained in
@@ -275,11 +270,6 @@ def summarise(rows: Sequence[Row]) -> dict:
 
 # %% nbgrader={"grade": true, "grade_id": "check-summarise", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_summarise(summarise)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_summarise, summarise)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The whole table, then. *Forgetting* is by how much the loss on newspaper sentences has risen, in nats per token.
@@ -388,11 +378,6 @@ def pareto_front(points: Mapping[str, tuple[float, float, float]]) -> list[str]:
 
 # %% nbgrader={"grade": true, "grade_id": "check-pareto-front", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_pareto_front(pareto_front)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_pareto_front, pareto_front)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # Is it a Pareto front, or something like it? Without noise there is a textbook definition: a point is on the front if no other is at least as good on
@@ -715,11 +700,6 @@ def largest_batch(peak: Callable[[int], float], usable: float, limit: int) -> in
 
 # %% nbgrader={"grade": true, "grade_id": "check-largest-batch", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_largest_batch(largest_batch)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_largest_batch, largest_batch)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # How much of a card is usable? The driver and CUDA's own code take some of it before the first tensor, and the allocator cannot use every gap. Hugging Face's
@@ -789,11 +769,6 @@ def cost_of_rank(measure: Callable[[int], StepMemory], ranks: Sequence[int]) -> 
 
 # %% nbgrader={"grade": true, "grade_id": "check-cost-of-rank", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_cost_of_rank(cost_of_rank)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_cost_of_rank, cost_of_rank)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # On the right, what a rank *brings*, from unit 08's rows: `tool_calls` after 20 steps, by rank. (The memory is LLaMA-7B's, the scores are SmolLM2's.)
@@ -1153,11 +1128,6 @@ def broken_rules(option: Option, job: Job) -> list[Reason]:
 
 # %% nbgrader={"grade": true, "grade_id": "check-broken-rules", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_broken_rules(broken_rules)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_broken_rules, broken_rules)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### The recommendation  ·  3 points, about 30 minutes
@@ -1230,11 +1200,6 @@ def best_of(possible: Sequence[Option], prefer: str) -> Option:
 
 # %% nbgrader={"grade": true, "grade_id": "check-recommend", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_recommend(recommend)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_recommend, recommend)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # The scenarios, then, which were written before the program:
@@ -1346,11 +1311,6 @@ def choose_for() -> dict[str, str]:
 
 # %% nbgrader={"grade": true, "grade_id": "check-choose-for", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_choose_for(choose_for)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_choose_for, choose_for)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 12. Bug hunt: out of memory in the middle of the night  ·  1 point, about 10 minutes
@@ -1399,11 +1359,6 @@ def heaviest_batch(lengths: Sequence[int], batch_size: int) -> tuple[int, int]:
 
 # %% nbgrader={"grade": true, "grade_id": "check-heaviest-batch", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_heaviest_batch(heaviest_batch)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("11_choosing", check_heaviest_batch, heaviest_batch)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 13. A design memo  ·  3 points, marked by hand

@@ -140,11 +140,6 @@ def gathered_update(
 
 # %% nbgrader={"grade": true, "grade_id": "check-gathered", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_gathered(gathered_update)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("13_many_adapters", check_gathered, gathered_update)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 2. Work by segments  ·  2 points, about 15 minutes
@@ -189,11 +184,6 @@ def segmented_update(
 
 # %% nbgrader={"grade": true, "grade_id": "check-segmented", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_segmented(segmented_update)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("13_many_adapters", check_segmented, segmented_update)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Predict: which bytes move?
@@ -307,11 +297,6 @@ class BatchedLoRA(nn.Module):
 
 # %% nbgrader={"grade": true, "grade_id": "check-batched-lora", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_batched_lora(BatchedLoRA)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("13_many_adapters", check_batched_lora, BatchedLoRA)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # What does a further adapter cost? Its own bytes, if its rank is the slots' rank. A smaller one pays for the padding:
@@ -383,11 +368,6 @@ class AdapterCache:
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapter-cache", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_adapter_cache(AdapterCache)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("13_many_adapters", check_adapter_cache, AdapterCache)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 5. On a real model
@@ -688,11 +668,6 @@ def combine(
 
 # %% nbgrader={"grade": true, "grade_id": "check-combine", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_combine(combine)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("13_many_adapters", check_combine, combine)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # **TIES** (Yadav et al. 2023) argues that adding is wrong where two tasks pull a number in opposite directions. It keeps the largest numbers of each task, lets
@@ -1016,11 +991,6 @@ class PrefixCache:
 
 # %% nbgrader={"grade": true, "grade_id": "check-prefix-cache", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_prefix_cache(PrefixCache)
-### BEGIN HIDDEN TESTS
-from autograder import hidden
-
-hidden.check("13_many_adapters", check_prefix_cache, PrefixCache)
-### END HIDDEN TESTS
 
 # %% [markdown]
 # ## 9. In your own words  ·  2 points, marked by hand

@@ -3,19 +3,19 @@
 import torch
 
 from autograder.checks.many_adapters import (
+    cache_case,
     check_adapter_cache,
     check_batched_lora,
     check_combine,
     check_gathered,
     check_prefix_cache,
     check_segmented,
+    combine_case,
+    gathered_case,
+    prefix_case,
+    segmented_case,
+    swap_case,
 )
-from autograder.checks.many_adapters.adapter_cache import cache_case
-from autograder.checks.many_adapters.batched_lora import swap_case
-from autograder.checks.many_adapters.combine import combine_case
-from autograder.checks.many_adapters.gathered import gathered_case
-from autograder.checks.many_adapters.prefix_cache import prefix_case
-from autograder.checks.many_adapters.segmented import segmented_case
 
 CASES = {
     check_gathered: {

@@ -10,7 +10,6 @@ from autograder.drive import Observation
 from autograder.exercise import Exercise
 
 
-# ---- the spec --------------------------------------------------------------------------------------------------------
 class AdapterCache:
     """Which adapter is in which slot: loads adapters by name when a batch needs them, and drops the least recently used."""
 
@@ -38,7 +37,6 @@ class AdapterCache:
         return torch.tensor([-1 if name is None else self.slot_of[name] for name in names])
 
 
-# ---- the cases -------------------------------------------------------------------------------------------------------
 SCRIPTS = {
     3: ["a -", "b a b", "c", "b - b", "d c", "b", "c", "a", "b a - c", "a", "c", "d b"],
     2: ["a -", "b", "a", "c", "a", "c", "b -", "c"],
@@ -73,7 +71,6 @@ def cache_case(generator: torch.Generator, slots: int = 3, batches: int = 18, na
     return {"slots": slots, "batches": taken}
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------
 def drive_adapter_cache(AdapterCache, slots, batches):
     """Play the batches; return which adapter each row got, what was loaded, and how errors were survived."""
     import torch
@@ -125,7 +122,6 @@ def drive_adapter_cache(AdapterCache, slots, batches):
     }
 
 
-# ---- the reading and the tolerance -----------------------------------------------------------------------------------
 def read_adapter_cache(observation: Observation, case: dict) -> Observation:
     """Compare batch by batch: what was served first, then what was loaded for it."""
     batches = zip(case["batches"], observation["served"], observation["loads"], strict=True)
@@ -145,7 +141,6 @@ def read_adapter_cache(observation: Observation, case: dict) -> Observation:
     }
 
 
-# ---- the check, with its mistakes and variants -----------------------------------------------------------------------
 _WANTED = "list(dict.fromkeys(name for name in names if name is not None))"
 _TOO_MANY = "if len(wanted) > self.size:"
 _REFRESH = "self.slot_of[name] = self.slot_of.pop(name)"

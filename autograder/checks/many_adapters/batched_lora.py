@@ -10,7 +10,6 @@ from autograder.drive import Observation
 from autograder.exercise import PEAK_BYTES, Exercise
 
 
-# ---- the spec --------------------------------------------------------------------------------------------------------
 class BatchedLoRA(nn.Module):
     """A frozen linear layer with room for several LoRA adapters, of which each row of a batch uses one or none."""
 
@@ -47,7 +46,6 @@ class BatchedLoRA(nn.Module):
         return output + self.update(x, self.A, self.B, self.adapters)
 
 
-# ---- the cases -------------------------------------------------------------------------------------------------------
 def swap_case(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict:
     """Return a base, and factors of ranks 4, 2, 3 and 1 for three slots of rank 4."""
     in_features, out_features = between(generator, 8, 10), between(generator, 5, 7)
@@ -68,7 +66,6 @@ def thousand_case(generator: torch.Generator) -> dict:
     return empty | {"weight": torch.full((128, 128), 0.01), "scaling": 2.0, "swaps": 1000}
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------
 def drive_batched_lora(BatchedLoRA, weight, bias, A, B, x, scaling, swaps):
     """Write, replace, refuse and clear adapters, and return the outputs in between; or swap a thousand times."""
     import torch
@@ -126,7 +123,6 @@ def drive_batched_lora(BatchedLoRA, weight, bias, A, B, x, scaling, swaps):
     }
 
 
-# ---- the reading and the tolerance -----------------------------------------------------------------------------------
 def read_batched_lora(observation: Observation, case: dict) -> Observation:
     """Compare every output, what happened to the base, and the bytes of the layer's state."""
     outputs = {f"the output {when}": output for when, output in observation["outputs"].items()}
@@ -167,7 +163,6 @@ WHEN = (
 """When the driver looks at the output."""
 
 
-# ---- the check, with its mistakes and variants -----------------------------------------------------------------------
 _SCALED = "scaling * lora_B"
 _WRITE_A, _WRITE_B = "self.A[slot, :rank] = lora_A", "self.B[slot, :, :rank] = scaling * lora_B"
 _REFUSE = "if rank > self.A.shape[1]:"

@@ -10,7 +10,6 @@ from autograder.drive import Observation
 from autograder.exercise import PEAK_BYTES, Exercise
 
 
-# ---- the spec --------------------------------------------------------------------------------------------------------
 def combine(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], rank: int) -> tuple[Tensor, Tensor]:
     """Return A and B of a rank whose product B A is as near as can be to the weighted sum of the adapters' products."""
     A = torch.cat([A for A, _ in factors])
@@ -22,7 +21,6 @@ def combine(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], 
     return Vh @ Q_A.T, Q_B @ U * sigma
 
 
-# ---- the cases -------------------------------------------------------------------------------------------------------
 def combine_case(
     generator: torch.Generator, ranks: Sequence[int] = (3, 3, 3), rank: int = 4, dtype: torch.dtype = torch.float32
 ) -> dict:
@@ -44,7 +42,6 @@ def tall_case(generator: torch.Generator) -> dict:
     return {"A": normal(generator, 6, 96), "B": B, "ranks": [3, 3], "weights": [1.0, -0.5], "rank": 3}
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------
 def drive_combine(combine, A, B, ranks, weights, rank):
     """Return the combined factors, and whether those that were given are as they were; of large factors the shapes only."""
     import torch
@@ -59,7 +56,6 @@ def drive_combine(combine, A, B, ranks, weights, rank):
     return seen | {"A": combined_A, "B": combined_B, "untouched": untouched}
 
 
-# ---- the reading and the tolerance -----------------------------------------------------------------------------------
 def read_combine(observation: Observation, case: dict) -> Observation:
     """Multiply the factors out, because many pairs of factors have one product."""
     shapes = {"the shapes of A and B": observation["shapes"]}
@@ -86,7 +82,6 @@ def combine_tolerance(case: dict) -> dict[str, float]:
     return {"the product B A": 2 * error * (1 + 1 / 0.3), PEAK_BYTES: 48 * 2**20}
 
 
-# ---- the check, with its mistakes and variants -----------------------------------------------------------------------
 _CAT_A = "torch.cat([A for A, _ in factors])"
 _CAT_B = "torch.cat([weight * B for weight, (_, B) in zip(weights, factors, strict=True)], dim=1)"
 _CUT = "U[:, :rank], sigma[:rank], Vh[:rank]"

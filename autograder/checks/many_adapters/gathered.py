@@ -8,7 +8,6 @@ from autograder.drive import Observation
 from autograder.exercise import PEAK_BYTES, Exercise
 
 
-# ---- the spec --------------------------------------------------------------------------------------------------------
 def gathered_update(x: Tensor, A: Tensor, B: Tensor, adapters: Tensor) -> Tensor:
     """Return B_a A_a x for every row's adapter a, and zeros where a is -1."""
     named = adapters.clamp(min=0)
@@ -17,7 +16,6 @@ def gathered_update(x: Tensor, A: Tensor, B: Tensor, adapters: Tensor) -> Tensor
     return torch.where(adapters[:, None, None] >= 0, update, 0.0)
 
 
-# ---- the cases -------------------------------------------------------------------------------------------------------
 def gathered_case(generator: torch.Generator, dtype: torch.dtype = torch.float32, slots: int = 4) -> dict:
     """Return adapters, and a batch with one row that has none, rows that share one, and no order."""
     rank, in_features, out_features = between(generator, 2, 3), between(generator, 8, 10), between(generator, 5, 7)
@@ -40,7 +38,6 @@ def large_case(generator: torch.Generator) -> dict:
     }
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------
 def drive_gathered(gathered_update, x, A, B, adapters):
     """Return the update, the adapters' numbers after the call, and how many operations one and three batches take."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +58,6 @@ def drive_gathered(gathered_update, x, A, B, adapters):
     return {"update": update, "after": after, "operations": [once.operations, thrice.operations]}
 
 
-# ---- the reading and the tolerance -----------------------------------------------------------------------------------
 def read_gathered(observation: Observation, case: dict) -> Observation:
     """Compare the numbers of operations."""
     once, thrice = observation["operations"]
@@ -86,7 +82,6 @@ def gathered_tolerance(case: dict) -> dict[str, float]:
     }
 
 
-# ---- the check, with its mistakes and variants -----------------------------------------------------------------------
 _COMPRESSED = 'torch.einsum("bsi,bri->bsr", x, A[named])'
 _UPDATE = 'torch.einsum("bsr,bor->bso", compressed, B[named])'
 _MASKED = "torch.where(adapters[:, None, None] >= 0, update, 0.0)"

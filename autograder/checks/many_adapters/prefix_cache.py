@@ -8,7 +8,6 @@ from autograder.drive import Observation
 from autograder.exercise import Exercise
 
 
-# ---- the spec --------------------------------------------------------------------------------------------------------
 class PrefixCache:
     """The keys and values of prompts that were read before, for whoever asks with the same tokens and the same adapter."""
 
@@ -28,7 +27,6 @@ class PrefixCache:
         self.kept = {key: value for key, value in self.kept.items() if key[0] != adapter}
 
 
-# ---- the cases -------------------------------------------------------------------------------------------------------
 def prefix_case(generator: torch.Generator) -> dict:
     """Return prompts of which some are prefixes or permutations of others, weights, and requests and swaps in random order."""
     requests = [("ask", prompt, adapter) for prompt in range(4) for adapter in ("reviews", "calls", "-")]
@@ -44,7 +42,6 @@ def prefix_case(generator: torch.Generator) -> dict:
     }
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------
 def drive_prefix_cache(PrefixCache, prompts, events, embedding, weights):
     """Play requests and swaps with a one-layer stand-in; return what each request got, and who was computed anew."""
     import weakref
@@ -78,7 +75,6 @@ def drive_prefix_cache(PrefixCache, prompts, events, embedding, weights):
     }
 
 
-# ---- the reading and the tolerance -----------------------------------------------------------------------------------
 def read_prefix_cache(observation: Observation, case: dict) -> Observation:
     """Compare what was served first, then how often it was computed, then what is still in memory."""
     return {
@@ -89,7 +85,6 @@ def read_prefix_cache(observation: Observation, case: dict) -> Observation:
     }
 
 
-# ---- the check, with its mistakes and variants -----------------------------------------------------------------------
 _GET, _PUT = "self.kept.get((adapter, tokens))", "self.kept[adapter, tokens] = keys_and_values"
 _FORGET = "self.kept = {key: value for key, value in self.kept.items() if key[0] != adapter}"
 

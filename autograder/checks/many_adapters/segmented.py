@@ -9,7 +9,6 @@ from autograder.drive import Observation
 from autograder.exercise import PEAK_BYTES, Exercise
 
 
-# ---- the spec --------------------------------------------------------------------------------------------------------
 def segmented_update(x: Tensor, A: Tensor, B: Tensor, adapters: Tensor) -> Tensor:
     """Return B_a A_a x for every row's adapter a, and zeros where a is -1, one pair of products an adapter."""
     order = adapters.argsort(stable=True)
@@ -24,7 +23,6 @@ def segmented_update(x: Tensor, A: Tensor, B: Tensor, adapters: Tensor) -> Tenso
     return update
 
 
-# ---- the cases -------------------------------------------------------------------------------------------------------
 def segmented_case(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict:
     """Return eight slots, of which a batch of twelve rows names three, in no order."""
     case = gathered_case(generator, dtype, slots=8)
@@ -44,7 +42,6 @@ def shared_case(generator: torch.Generator) -> dict:
     }
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------
 def drive_segmented(segmented_update, x, A, B, adapters):
     """Return the update, the adapters' numbers after the call, and the number of matrix products."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +58,6 @@ def drive_segmented(segmented_update, x, A, B, adapters):
     return {"update": update, "after": adapters.clone(), "products": products.count}
 
 
-# ---- the reading and the tolerance -----------------------------------------------------------------------------------
 def read_segmented(observation: Observation, case: dict) -> Observation:
     """Name what is compared."""
     return {
@@ -76,7 +72,6 @@ def segmented_tolerance(case: dict) -> dict[str, float]:
     return gathered_tolerance(case)
 
 
-# ---- the check, with its mistakes and variants -----------------------------------------------------------------------
 _ROWS = "order[start : start + size]"
 _WRITE = "update[rows] = x[rows] @ A[slot].T @ B[slot].T"
 _LOOP = "for slot, size in zip(slots.tolist(), sizes.tolist(), strict=True):"

@@ -1,0 +1,87 @@
+"""Random parameters and gradients whose moments keep clear of the boundaries between codes."""
+
+import torch
+from torch import Tensor
+
+from autograder.cases import EPS, between, normal
+from autograder.checks.qlora.adamw_8bit import from_8bit, to_8bit
+from autograder.checks.qlora.cases import random_bytes
+from peftlab.dynamic_code import nearest_code
+
+
+def _clear(x: Tensor, signed: bool) -> Tensor:
+    """Return which values keep their code, and are no absmax in doubt, if they and their absmax are off by a millionth."""
+    flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % 256)).view(-1, 256)
+    largest = flat.abs().amax(1, keepdim=True)
+    scaled = flat / largest.clamp(min=1e-30)
+    margin = 1e-6 + 1e-6 * scaled.abs()
+    same = nearest_code(scaled - margin, signed) == nearest_code(scaled + margin, signed)
+    return (same | (scaled.abs() == 1) | (largest == 0)).flatten()[: x.numel()].view(x.shape)
+
+
+def _rounds_alike(weights: Tensor, gradients: Tensor, rates: Tensor, eps: float, weight_decay: float) -> Tensor:
+    """Return which weights are rounded to the same 16 bits by every right answer after the first step.
+
+    In the first step both corrected moments are the gradient's, so a weight moves by lr g / (|g| + eps). Right answers compute that in fp32
+    and are off by some eps of the weight and of the rate: a product and a sum each, and a correction from a rounded beta, 1 - 0.95.
+    """
+    g, w = gradients.double(), weights.double()
+    moved = (1 - rates * weight_decay) * w - rates * g / (g.abs() + eps)
+    margin = 32 * EPS * (w.abs() + rates)
+    return (moved - margin).to(weights.dtype) == (moved + margin).to(weights.dtype)
+
+
+def adamw_case(
+    generator: torch.Generator, dtype: torch.dtype = torch.float32, steps: int = 3, large: int = 0, scale: float = 1.0
+) -> dict:
+    """Return parameters and gradients, of a given size, such that no moment lies on the boundary between two codes.
+
+    Every right answer, however it rounds, then has the same codes: the moments are followed step by step, and gradients drawn
+    again where a moment comes too near. In 16 bits, for a single step, the same is done with the weights.
+    """
+    if dtype != torch.float32 and steps > 1:
+        raise ValueError("in 16 bits the weights are followed for one step")
+    shapes = [[64, 64], [large or between(generator, 66, 70), 65], [3, between(generator, 5, 9), 37]]
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    betas = [0.8 + 0.15 * torch.rand((), generator=generator).item(), 0.7 + 0.2 * torch.rand((), generator=generator).item()]
+    first, second = [torch.zeros(size) for size in sizes], [torch.zeros(size) for size in sizes]
+    gradients = []
+    for _ in range(steps):
+        drawn = []
+        for index, size in enumerate(sizes):
+            gradient = scale * normal(generator, size, dtype=dtype)
+            while True:
+                m = betas[0] * first[index] + (1 - betas[0]) * gradient.float()
+                v = betas[1] * second[index] + (1 - betas[1]) * gradient.float() ** 2
+                clear = _clear(m, True) & _clear(v, False)
+                if size < 4096 or clear.all():
+                    break
+                gradient = torch.where(clear, gradient, scale * normal(generator, size, dtype=dtype))
+            if size >= 4096:
+                m, v = from_8bit(*to_8bit(m, True), True), from_8bit(*to_8bit(v, False), False)
+            first[index], second[index] = m, v
+            drawn.append(gradient)
+        gradients.append(torch.cat(drawn))
+    numbers = normal(generator, 3, 200)
+    numbers.view(-1)[:256] = 0  # a block of zeros
+    while not (_clear(numbers, True) & _clear(numbers.abs(), False)).all():
+        clear = _clear(numbers, True) & _clear(numbers.abs(), False)
+        numbers = torch.where(clear, numbers, normal(generator, 3, 200))
+    rates, eps, weight_decay = [0.1 + 0.1 * torch.rand((), generator=generator).item(), 0.03], 0.05 * scale, 0.3
+    weights = normal(generator, sum(sizes), dtype=dtype)
+    if dtype != torch.float32:
+        each = torch.tensor([rates[0]] * sizes[0] + [rates[1]] * sum(sizes[1:]), dtype=torch.float64)
+        while not (alike := _rounds_alike(weights, gradients[0], each, eps, weight_decay)).all():
+            weights = torch.where(alike, weights, normal(generator, sum(sizes), dtype=dtype))
+    return {
+        "numbers": numbers,
+        "other_codes": random_bytes(generator, 7, 53),
+        "other_absmax": 0.2 + 3 * torch.rand(2, generator=generator),
+        "weights": weights,
+        "gradients": torch.stack(gradients),
+        "shapes": shapes,
+        "rates": rates,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }

@@ -1,0 +1,145 @@
+"""`activation_bytes`: what forward keeps for backward."""
+
+from dataclasses import asdict
+from functools import cache
+
+import torch
+
+from autograder.cases import between
+from autograder.drive import Observation
+from autograder.exercise import Exercise
+from peftlab.llama import LlamaConfig
+from peftlab.simulate import simulate_training_step
+
+
+def activation_bytes(config: LlamaConfig, batch_size: int, sequence_length: int, checkpointing: bool) -> float:
+    """Return the bytes that forward keeps for backward, in 16 bits (after Korthikanti et al. 2022, section 4)."""
+    tokens = batch_size * sequence_length
+    hidden = config.hidden_size
+    if checkpointing:
+        layer = 2 * hidden
+    else:
+        norms = 2 * (4 + 2 + 2) * hidden
+        key_value = config.num_key_value_heads * config.head_dim
+        attention = 2 * (hidden + key_value + key_value + hidden) + 4 * config.num_attention_heads
+        mlp = 4 * 2 * config.intermediate_size
+        layer = norms + attention + mlp
+    head = (4 + 2 + 2) * hidden + 4 * config.vocab_size
+    return tokens * (config.num_hidden_layers * layer + head)
+
+
+def activations_case(generator: torch.Generator, checkpointing: bool, grouped: bool = True) -> dict:
+    """Return a model that is wide enough for each tensor to count."""
+    heads = between(generator, 3, 5)
+    return asdict(
+        LlamaConfig(
+            vocab_size=between(generator, 1_000, 2_000),
+            hidden_size=heads * 128,
+            intermediate_size=heads * 320 + 64,
+            num_hidden_layers=between(generator, 2, 3),
+            num_attention_heads=2 * heads,
+            num_key_value_heads=heads if grouped else 2 * heads,
+        )
+    ) | {
+        "batch_size": between(generator, 2, 3),
+        "sequence_length": 64 * between(generator, 3, 6),
+        "checkpointing": checkpointing,
+    }
+
+
+def drive_activations(activation_bytes, batch_size, sequence_length, checkpointing, **sizes):
+    """Estimate for one config."""
+    from peftlab.llama import LlamaConfig
+
+    estimate = activation_bytes(LlamaConfig(**sizes), batch_size, sequence_length, checkpointing)
+    return {"estimate": float(estimate)}
+
+
+@cache
+def _measured(sizes: tuple, **settings: object) -> int:
+    return simulate_training_step(LlamaConfig(**dict(sizes)), **settings).activations
+
+
+def read_activations(observation: Observation, case: dict) -> Observation:
+    """Hold the estimate against a measurement, taken with fake tensors on this side."""
+    sizes = dict(case)
+    settings = {name: sizes.pop(name) for name in ("batch_size", "sequence_length", "checkpointing")}
+    return {
+        "your bytes, as a multiple of the measured ones,": observation["estimate"] / _measured(tuple(sizes.items()), **settings)
+    }
+
+
+_KEPT_BY_ATTENTION = "2 * (hidden + key_value + key_value + hidden) + 4 * config.num_attention_heads"
+
+check_activation_bytes = Exercise(
+    spec=[activation_bytes],
+    cases=lambda generator: [activations_case(generator, False), activations_case(generator, True)],
+    driver=drive_activations,
+    reading=read_activations,
+    # The measurement has a few small tensors more: angles, the norms' scales, labels, and one token fewer in the loss.
+    tolerance=lambda case: {"your bytes, as a multiple of the measured ones,": 0.02},
+    mistakes={
+        "the batch is missing: every sequence has its own activations": {"batch_size * sequence_length": "sequence_length"},
+        "the layers are missing": {"config.num_hidden_layers * layer": "layer"},
+        "the head is missing: its logits, in fp32, are the largest single tensor": {
+            "config.num_hidden_layers * layer + head": "config.num_hidden_layers * layer"
+        },
+        "the logits are counted in 16 bits: the loss is taken in fp32": {"4 * config.vocab_size": "2 * config.vocab_size"},
+        "a norm works in fp32: what it keeps of its input has 4 bytes a number": {
+            "2 * (4 + 2 + 2) * hidden": "2 * (2 + 2 + 2) * hidden"
+        },
+        "there are two norms in a layer": {"norms = 2 * (4 + 2 + 2)": "norms = (4 + 2 + 2)"},
+        "the MLP keeps four tensors of intermediate_size: gate, its silu, up, and the product that down_proj reads": {
+            "4 * 2 * config.intermediate_size": "2 * 2 * config.intermediate_size"
+        },
+        "the MLP keeps silu(gate) as well as gate: the product needs one and silu's gradient the other": {
+            "4 * 2 * config.intermediate_size": "3 * 2 * config.intermediate_size"
+        },
+        "keys and values are counted as wide as queries": {"config.num_key_value_heads * config.head_dim": "hidden"},
+        "attention keeps its keys and values as well as its queries and its output": {
+            _KEPT_BY_ATTENTION: "2 * (hidden + hidden)"
+        },
+        "a matrix of sequence_length x sequence_length is counted for each head: flash attention never stores it": {
+            _KEPT_BY_ATTENTION: _KEPT_BY_ATTENTION + " + 2 * config.num_attention_heads * sequence_length",
+        },
+        "with checkpointing a layer keeps its input alone, in 2 bytes": {"layer = 2 * hidden": "layer = 4 * hidden"},
+        "checkpointing is ignored": {"if checkpointing:": "if False:"},
+        "with checkpointing the head is still there": {
+            "head = (4 + 2 + 2) * hidden + 4 * config.vocab_size": (
+                "head = 0 if checkpointing else (4 + 2 + 2) * hidden + 4 * config.vocab_size"
+            )
+        },
+        "every number is counted in fp32": {
+            "return tokens * (": "return 2 * tokens * (",
+        },
+    },
+    variants={
+        "without the small change": {_KEPT_BY_ATTENTION: "4 * hidden + 4 * key_value"},
+        "in units of s b h": """
+            def activation_bytes(config, batch_size, sequence_length, checkpointing):
+                sbh = sequence_length * batch_size * config.hidden_size
+                groups = config.num_key_value_heads / config.num_attention_heads
+                ratio = config.intermediate_size / config.hidden_size
+                layer = 2 if checkpointing else 20 + 4 * groups + 8 * ratio
+                return sbh * (layer * config.num_hidden_layers + 8 + 4 * config.vocab_size / config.hidden_size)
+        """,
+        "tensor by tensor": """
+            def activation_bytes(config, batch_size, sequence_length, checkpointing):
+                def norm():
+                    return sum(width * config.hidden_size for width in (4, 2, 2))
+                kept = 0
+                for _ in range(config.num_hidden_layers):
+                    if checkpointing:
+                        kept += config.hidden_size * 2
+                        continue
+                    kept += norm() + norm()
+                    kept += 2 * config.num_attention_heads * config.head_dim * 2
+                    kept += 2 * config.num_key_value_heads * config.head_dim * 2
+                    kept += 4 * config.num_attention_heads
+                    for _ in ("gate", "silu", "up", "product"):
+                        kept += 2 * config.intermediate_size
+                kept += norm() + 4 * config.vocab_size
+                return kept * batch_size * sequence_length
+        """,
+    },
+)

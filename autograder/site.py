@@ -45,6 +45,7 @@ SOURCES
 CHANGELOG
 docs/instructor_guide
 docs/on_colab
+docs/from_here_to_production
 ```
 """
 
@@ -78,7 +79,7 @@ def lay_out(executed: dict[str, NotebookNode], folder: Path) -> None:
     shutil.copy(ROOT / "CHANGELOG.md", folder)
     shutil.copy(ROOT / "docs" / "conf.py", folder)
     (folder / "docs").mkdir()
-    for name in ("instructor_guide.md", "on_colab.md"):
+    for name in ("instructor_guide.md", "on_colab.md", "from_here_to_production.md"):
         text = (ROOT / "docs" / name).read_text(encoding="utf-8").replace(f"../{INDEX}", "../README.md")
         (folder / "docs" / name).write_text(text, encoding="utf-8")
     # Up to the table of units: what the course is, and its pictures.

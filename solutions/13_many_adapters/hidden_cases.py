@@ -47,4 +47,8 @@ CASES = {
 }
 
 # Automatic mutants that no check rejects (`python -m autograder.prove`), and why they may live.
-SURVIVORS = {}
+SURVIVORS = {
+    "self.A[slot] = 0  ->  pass": "B is set to zero as well, and one zero of the two is enough",
+    "self.B[slot] = 0  ->  pass": "A is set to zero as well, and one zero of the two is enough",
+    "0  ->  1": "one of the two factors of an empty slot is filled with ones, and the other with zeros: their product is zero",
+}

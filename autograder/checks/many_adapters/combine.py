@@ -26,12 +26,14 @@ def combine_case(
 ) -> dict:
     """Return adapters whose weighted sum has known singular values, each 0.7 times the last, and weights of both signs."""
     total, out_features, in_features = sum(ranks), between(generator, 15, 18), between(generator, 20, 23)
-    left, right, mix = (
-        torch.linalg.qr(normal(generator, size, total, dtype=torch.float64))[0] for size in (out_features, in_features, total)
+    left, right, *turns = (
+        torch.linalg.qr(normal(generator, size, total, dtype=torch.float64))[0]
+        for size in (out_features, in_features, total, total)
     )
     sigma = 5 * 0.7 ** torch.arange(total, dtype=torch.float64)
+    mix = turns[0] * torch.linspace(0.6, 1.6, total, dtype=torch.float64) @ turns[1]  # so that A's rows are not orthogonal
     weights = [0.8, -0.6, 1.7][: len(ranks)]
-    B, A = left * sigma @ mix, mix.T @ right.T
+    B, A = left * sigma @ mix, torch.linalg.inv(mix) @ right.T
     scale = torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(ranks))
     return {"A": A.to(dtype), "B": (B / scale).to(dtype), "ranks": list(ranks), "weights": weights, "rank": rank}
 

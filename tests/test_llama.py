@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig as HubConfig
 from transformers import LlamaForCausalLM
 
-from peftlab.llama import IGNORE, PRESETS, Llama, LlamaConfig, causal_loss, generate
+from peftlab.llama import IGNORE, PRESETS, KeyValueCache, Llama, LlamaConfig, causal_loss, generate
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -144,6 +144,85 @@ def test_generate_stops_at_the_stop_token():
     assert longer.shape == (1, 11)
     stop = longer[0, 6].item()
     assert generate(model, ids, 6, stop).shape[1] <= 7
+
+
+def one_token_at_a_time(model: Llama, row: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """The loop without a cache and without padding: the whole row goes through the model for every token."""
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            row = torch.cat([row, model(row[None])[0, -1:].argmax(-1)])
+    return row
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generate_equals_the_loop_without_a_cache(name):
+    ours, _ = pair(CONFIGS[name])
+    ours = ours.double()  # so that no two logits are nearer than rounding
+    rows = [torch.randint(0, 50, (length,)) for length in (9, 4, 1)]
+    input_ids, mask = torch.zeros(2, 3, 9, dtype=torch.long)
+    for number, row in enumerate(rows):
+        input_ids[number, -len(row) :], mask[number, -len(row) :] = row, 1
+    longer = generate(ours, input_ids, 6, attention_mask=mask)
+    for number, row in enumerate(rows):
+        assert longer[number, 9 - len(row) :].equal(one_token_at_a_time(ours, row, 6))
+
+
+def test_a_cache_gives_the_hidden_states_of_the_whole_row():
+    ours, _ = pair(CONFIGS["grouped-query"])
+    input_ids = torch.randint(0, 50, (2, 9))
+    x, mask = ours.model.embed_tokens(input_ids), torch.ones_like(input_ids)
+    caches = [KeyValueCache() for _ in ours.model.layers]
+    with torch.no_grad():
+        parts = [
+            ours.model.decode(x[:, start:stop], mask[:, :stop], torch.arange(start, stop), caches)
+            for start, stop in ((0, 4), (4, 5), (5, 9))
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), ours.model(input_ids), rtol=1e-4, atol=1e-4)
+    assert all(cache.keys.shape == (2, 2, 9, 8) for cache in caches)
+
+
+def test_generate_equals_transformers(smollm2):
+    model, tokenizer = smollm2
+    theirs = LlamaForCausalLM(HubConfig(**dataclasses.asdict(model.config))).eval()
+    theirs.load_state_dict(model.state_dict())
+    theirs.tie_weights()
+    prompts = ["The capital of France is", "A camel is a horse that", "One, two, three,"]
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    given = {"attention_mask": batch["attention_mask"], "max_new_tokens": 12}
+    expected = theirs.generate(
+        batch["input_ids"], **given, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id
+    )
+    ours = generate(model, batch["input_ids"], stop_token=tokenizer.eos_token_id, **given)
+    for row, wanted in zip(ours.tolist(), expected.tolist(), strict=True):
+        assert tokenizer.decode(row, skip_special_tokens=True) == tokenizer.decode(wanted, skip_special_tokens=True)
+    assert "Paris" in tokenizer.decode(ours[0])
+
+
+def test_sampling_draws_with_the_models_probabilities():
+    ours, _ = pair(CONFIGS["one layer, large eps"])
+    prompt = torch.tensor([[3, 1, 4]])
+    with torch.no_grad():
+        probabilities = (ours(prompt)[0, -1] / 2).softmax(-1)
+    drawn = generate(ours, prompt.repeat(4000, 1), 1, temperature=2.0, generator=torch.Generator().manual_seed(0))[:, -1]
+    frequencies = torch.bincount(drawn, minlength=53) / 4000
+    deviation = (probabilities * (1 - probabilities) / 4000).sqrt()
+    assert ((frequencies - probabilities).abs() <= 5 * deviation + 1e-3).all()
+
+
+def test_a_row_that_has_ended_is_filled_up_while_others_go_on():
+    model = Llama(PRESETS["tiny"])
+    ids = torch.randint(0, 256, (2, 5))
+    free = generate(model, ids, 6)
+    stop = free[0, 6].item()
+    assert stop not in free[1], "choose another seed"
+    stopped = generate(model, ids, 6, stop)
+    assert stopped[0, 7:].eq(stop).all() and stopped[1].equal(free[1])
+
+
+def test_padding_on_the_right_is_refused():
+    with pytest.raises(ValueError, match="on the left"):
+        generate(Llama(PRESETS["tiny"]), torch.ones(1, 3, dtype=torch.long), 1, attention_mask=torch.tensor([[1, 1, 0]]))
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,8 @@ def test_every_unit_has_its_page_and_can_be_found(site):
         assert f'href="{unit}/{unit}.html"' in front
         folded = len(re.findall(r'class="[^"]*tag_hide-input', (site / unit / f"{unit}.html").read_text()))
         assert folded == len(solution_cells(instructor_notebook(unit).cells))
-    for name in (
-        "GLOSSARY",
-        "SOURCES",
-        "CHANGELOG",
-        "docs/instructor_guide",
-        "docs/anatomy",
-        "docs/adding_an_exercise",
-        "docs/on_colab",
-        "search",
-    ):
+    guides = ("instructor_guide", "anatomy", "adding_an_exercise", "on_colab", "from_here_to_production")
+    for name in ("GLOSSARY", "SOURCES", "CHANGELOG", *(f"docs/{guide}" for guide in guides), "search"):
         assert (site / f"{name}.html").is_file()
     index = (site / "searchindex.js").read_text()
     assert all(f'"{unit}/{unit}"' in index for unit in units())

@@ -47,6 +47,7 @@ docs/instructor_guide
 docs/anatomy
 docs/adding_an_exercise
 docs/on_colab
+docs/from_here_to_production
 ```
 """
 
@@ -80,7 +81,7 @@ def lay_out(executed: dict[str, NotebookNode], folder: Path) -> None:
     shutil.copy(ROOT / "CHANGELOG.md", folder)
     shutil.copy(ROOT / "docs" / "conf.py", folder)
     (folder / "docs").mkdir()
-    for name in ("instructor_guide.md", "anatomy.md", "adding_an_exercise.md", "on_colab.md"):
+    for name in ("instructor_guide.md", "anatomy.md", "adding_an_exercise.md", "on_colab.md", "from_here_to_production.md"):
         text = (ROOT / "docs" / name).read_text(encoding="utf-8").replace(f"../{INDEX}", "../README.md")
         (folder / "docs" / name).write_text(text, encoding="utf-8")
     # Up to the table of units: what the course is, and its pictures.

@@ -5,6 +5,7 @@ The architecture is that of Touvron et al. 2023 (arXiv 2302.13971), with the gro
 as it is and `target_modules` means the same here and in peft.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,6 +153,25 @@ def rotate(
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+class KeyValueCache:
+    """The keys and values that one layer has computed so far, so that the next token needs only its own.
+
+    Attributes:
+        keys, values: of shape (batch, key-value heads, tokens so far, head_dim), the keys turned by RoPE; None at the start.
+    """
+
+    def __init__(self):
+        self.keys: Float[Tensor, "batch heads seq head_dim"] | None = None
+        self.values: Float[Tensor, "batch heads seq head_dim"] | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens; return those of all tokens so far."""
+        if self.keys is not None:
+            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
 class LlamaAttention(nn.Module):
     """Causal self-attention in which several query heads share one key-value head (GQA, arXiv 2305.13245)."""
 
@@ -170,16 +190,21 @@ class LlamaAttention(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "*#batch seq head_dim"],
         sin: Float[Tensor, "*#batch seq head_dim"],
-        mask: Bool[Tensor, "batch 1 seq seq"] | None,
+        mask: Bool[Tensor, "batch 1 seq all"] | None,
+        cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
+        """Mix the values of earlier tokens, also of those in the cache, as far as the mask admits them."""
         batch, seq, _ = x.shape
         queries, keys, values = (
             projection(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
         mixed = F.scaled_dot_product_attention(
-            rotate(queries, cos, sin),
-            rotate(keys, cos, sin),
+            queries,
+            keys,
             values,
             attn_mask=mask,
             is_causal=mask is None,
@@ -216,10 +241,14 @@ class LlamaDecoderLayer(nn.Module):
         x: Float[Tensor, "batch seq hidden"],
         cos: Float[Tensor, "*#batch seq head_dim"],
         sin: Float[Tensor, "*#batch seq head_dim"],
-        mask: Bool[Tensor, "batch 1 seq seq"] | None,
+        mask: Bool[Tensor, "batch 1 seq all"] | None,
+        *cache: KeyValueCache,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Add to each token's vector what attention makes of it, then what the MLP makes of the sum."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        """Add to each token's vector what attention makes of it, then what the MLP makes of the sum.
+
+        A cache is handed on if there is one: an attention of another make need not know of it.
+        """
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, *cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -245,14 +274,17 @@ class LlamaModel(nn.Module):
     def run_layers(
         self,
         x: Float[Tensor, "batch seq hidden"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        attention_mask: Int[Tensor, "batch all"] | None = None,
         positions: Int[Tensor, "*batch seq"] | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Return the hidden states for embeddings, which need not be those of any token.
 
         Args:
+            attention_mask: of all tokens, also of those whose keys and values are in the caches; needed with caches.
             positions: by which RoPE turns queries and keys, the same in all rows, shaped (seq,), or each row's own. By
                 default 0, 1, 2 and so on. Only differences between positions matter.
+            caches: one a layer, which the layer reads and extends.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
@@ -260,9 +292,11 @@ class LlamaModel(nn.Module):
         if positions.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]  # the same for all heads
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        mask = None if attention_mask is None else causal_mask(attention_mask)
-        for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+        mask = None if attention_mask is None else causal_mask(attention_mask)[:, :, -x.shape[1] :]
+        for number, layer in enumerate(self.layers):
+            if caches is not None:
+                x = layer(x, cos, sin, mask, caches[number])
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask)
@@ -342,15 +376,53 @@ def causal_loss(
 
 @torch.no_grad()
 def generate(
-    model: Llama, input_ids: Int[Tensor, "1 seq"], max_new_tokens: int, stop_token: int | None = None
-) -> Int[Tensor, "1 longer"]:
-    """Extend the tokens greedily, one at a time, until `stop_token` or `max_new_tokens`.
+    model: Llama,
+    input_ids: Int[Tensor, "batch seq"],
+    max_new_tokens: int,
+    stop_token: int | None = None,
+    *,
+    attention_mask: Int[Tensor, "batch seq"] | None = None,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "batch longer"]:
+    """Extend every row of a batch, one token at a time, with a cache of keys and values.
 
-    No cache of keys and values: simple, and fast enough for the few tokens that the units generate.
+    A row ends with `stop_token`, and is filled up with it while others go on; the loop ends when all rows have ended.
+
+    Args:
+        attention_mask: 1 for a token, 0 for padding, which has to stand on the left: a row goes on where it ends.
+        temperature: 0 takes the likeliest token. Otherwise a token is drawn with probabilities softmax(logits / temperature).
+        generator: of the random numbers, on the model's device.
+
+    Raises:
+        ValueError: if a row is padded on the right.
     """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if not attention_mask[:, -1].all():
+        raise ValueError("padding has to stand on the left: the last position of every row is a token")
+    caches = [KeyValueCache() for _ in model.model.layers]
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # a row's first token is at 0, wherever it stands
+    running = torch.ones_like(input_ids[:, -1:], dtype=torch.bool)
+    new = input_ids
     for _ in range(max_new_tokens):
-        next_token = model(input_ids)[:, -1].argmax(-1, keepdim=True)
-        input_ids = torch.cat([input_ids, next_token], dim=1)
-        if next_token.item() == stop_token:
+        hidden = model.model.run_layers(model.model.embed_tokens(new), attention_mask, positions, caches)
+        new = _pick(model.lm_head(hidden[:, -1]), temperature, generator)
+        if stop_token is not None:
+            new = torch.where(running, new, stop_token)
+            running = running & (new != stop_token)
+        input_ids = torch.cat([input_ids, new], dim=1)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)
+        positions = positions[:, -1:] + 1
+        if not running.any():
             break
     return input_ids
+
+
+def _pick(
+    logits: Float[Tensor, "batch vocab"], temperature: float, generator: torch.Generator | None
+) -> Int[Tensor, "batch 1"]:
+    """Return each row's next token: the likeliest at temperature 0, otherwise a random one."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)

@@ -66,7 +66,10 @@ def sandbox_problem() -> str | None:
     trial = subprocess.run([*_enclosure(Limits()), "--", "true"], capture_output=True, text=True, check=False)
     if trial.returncode == 0:
         return None
-    return f"bubblewrap (0.8 or newer is needed) cannot make a sandbox on this machine: {trial.stderr.strip()}"
+    said = trial.stderr.strip()
+    if "uid map" in said:
+        said += "\nAppArmor forbids it to ordinary users, as on Ubuntu 24.04. The instructor guide has a profile that helps."
+    return f"bubblewrap (0.8 or newer is needed) cannot make a sandbox on this machine: {said}"
 
 
 def require_sandbox() -> None:

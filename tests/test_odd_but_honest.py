@@ -101,7 +101,7 @@ def odd(unit: str) -> NotebookNode:
 
 def _shadowing(cells: list[NotebookNode]) -> str:
     """Give variables the names of builtins, and import everything from torch, as far as the unit's own code does not mind."""
-    used = set(re.findall(r"\w+", " ".join(cell.source for cell in cells if cell.cell_type == "code")))
+    used = set(re.findall(r"\w+", " ".join([*(cell.source for cell in cells), *AFTER.values()])))
     names = [name for name in dir(builtins) if name not in used and not name.startswith("_") and name.islower()]
     everything = "" if used & set(torch.__all__) & set(dir(builtins)) else "\nfrom torch import *"
     return f"{' = '.join(names)} = 'mine'{everything}"

@@ -46,7 +46,7 @@ BEFORE = {
     "few decimals": "import decimal\ndecimal.getcontext().prec = 3",
     "a locale": "import locale\nlocale.setlocale(locale.LC_ALL, 'C')",
     "paths": "import sys\nsys.path.insert(0, '/content/drive/MyDrive')\nsys.path.remove('') if '' in sys.path else None",
-    "Colab's habits": "!pip install -q peft\ntry:\n    from google.colab import drive\nexcept ImportError:\n    drive = None",
+    "Colab's habits": "!ls\ntry:\n    from google.colab import drive\nexcept ImportError:\n    drive = None",
     "names of ours": "helpers = tasks = results = memory = plots = hidden = exercise = driver = case = []",
     "functions of ours": (
         "def fill(model): return model\n\ndef seeing(x): return x\n\nclass Exercise: pass\n\ndef drive(*x): return None"
@@ -101,7 +101,7 @@ def odd(unit: str) -> NotebookNode:
 
 def _shadowing(cells: list[NotebookNode]) -> str:
     """Give variables the names of builtins, and import everything from torch, as far as the unit's own code does not mind."""
-    used = set(re.findall(r"\w+", " ".join(cell.source for cell in cells if cell.cell_type == "code")))
+    used = set(re.findall(r"\w+", " ".join([*(cell.source for cell in cells), *AFTER.values()])))
     names = [name for name in dir(builtins) if name not in used and not name.startswith("_") and name.islower()]
     everything = "" if used & set(torch.__all__) & set(dir(builtins)) else "\nfrom torch import *"
     return f"{' = '.join(names)} = 'mine'{everything}"

@@ -90,7 +90,12 @@ def merge(layer):
     ),
     "imports-the-spec": Attack({"merge": "from autograder.checks.lora.merge import merge, unmerge"}, ("check-merge",)),
     "calls-the-library": Attack(
-        {"merge": "from peft.tuners.lora import LoraLayer\n" + MERGE}, ("check-merge",), said="not defined"
+        {
+            "merge": "from peft.tuners.lora import LoraLayer\n"
+            + MERGE.replace("layer.scaling", "LoraLayer and layer.scaling", 1)
+        },
+        ("check-merge",),
+        said="not defined",
     ),
     "runs-the-master": Attack(
         {

@@ -44,6 +44,8 @@ from autograder.sandbox.kernel import StudentKernel
 from autograder.sandbox.watch import StoppedError
 
 PRINTED_CHARACTERS = 2000
+COMPILER_USERS = ("optim", "DispatchMode", "Tracker")
+"""What imports PyTorch's compiler when it is first used, which takes seconds and 70 MiB."""
 ROOMS = ("checking", "sandbox", "grading")
 NO_PART_IN_MARKS = ("report.py",)
 DENIED = ("Read-only file system", "Network is unreachable", "Temporary failure in name resolution", "Permission denied")
@@ -268,9 +270,10 @@ def _names_in(source: str) -> set[str]:
 
 @cache
 def _imported(unit: str) -> list[str]:
-    """Return modules that take long to import, and that kernels or the unit's drivers do: an optimizer imports the compiler."""
-    uses_optimizer = any("optim" in travelling(each.driver, each.helpers) for each in exercises_of(unit))
-    return ["ipykernel.kernelapp", *(["torch._dynamo"] if uses_optimizer else [])]
+    """Return modules that take long to import, and that kernels or the unit's drivers do on first use: see `COMPILER_USERS`."""
+    sources = [travelling(each.driver, each.helpers) for each in exercises_of(unit)]
+    uses_compiler = any(user in source for source in sources for user in COMPILER_USERS)
+    return ["ipykernel.kernelapp", *(["torch._dynamo"] if uses_compiler else [])]
 
 
 def _name(cell: NotebookNode) -> str:

@@ -839,7 +839,7 @@ my_loss_at = {0.003: None, 0.01: None, 0.3: None}  # nats, the mean of the last 
 
 # %%
 print(f"{'rate':>6}{'first step':>12}{'late loss':>11}{'score':>8}  you said")
-for row in comparison.sweep(comparison.rows("prefix_tuning", "movie_reviews", "random")):
+for row in comparison.sweep_rows(comparison.rows("prefix_tuning", "movie_reviews", "random")):
     rate, late = row.settings["learning_rate"], comparison.late_loss(row)
     print(f"{rate:>6g}{row.losses[0]:>12.2f}{late:>11.2f}{row.score_after:>8.1%}  {my_loss_at.get(rate) or '-'}")
 

@@ -237,6 +237,8 @@ class _Executor:
                 exec(compile(cell.source, "<graded cell>", "exec"), self._here | answers)
         except CheckFailedError as error:
             failed = error
+        if calls.trouble is not None:
+            raise calls.trouble
         return _Attempt(calls, said.getvalue(), failed)
 
     def _running_sandbox(self) -> SandboxProcess:

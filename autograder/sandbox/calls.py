@@ -16,6 +16,7 @@ class Calls:
         printed: what the student's code has printed.
         raised: whether it has raised an error, and not the one that says that nothing is written yet.
         stopped: why it was stopped; one crash a check is enough.
+        trouble: what went wrong on the grader's side: then there is nothing to judge.
         baggage: of the measured calls, the most that was held before; in bytes.
     """
 
@@ -24,6 +25,7 @@ class Calls:
         self.printed: list[str] = []
         self.raised, self.baggage = False, 0
         self.stopped: StoppedError | None = None
+        self.trouble: Exception | None = None
 
     def make(self, call: tuple, measured: bool) -> Reply:
         """Make a call.
@@ -38,6 +40,9 @@ class Calls:
         except StoppedError as stopped:
             self.stopped = stopped
             raise StudentError(f"Stopped: {stopped}") from stopped
+        except Exception as trouble:
+            self.trouble = trouble
+            raise StudentError("the call could not be made") from trouble
         self.printed.append(reply.printed)
         if measured:
             self.baggage = max(self.baggage, reply.baggage or 0)

@@ -195,7 +195,7 @@ def follow(process: int, sent_out: int, print_out: int, go_in: int, limit: int, 
 
     What it has started ends with it.
     """
-    sent, printed, defined, usage = bytearray(), bytearray(), None, None
+    sent, printed, told, defined, usage = bytearray(), bytearray(), False, None, None
     with selectors.DefaultSelector() as selector:
         for pipe in (sent_out, print_out):
             os.set_blocking(pipe, False)
@@ -208,11 +208,11 @@ def follow(process: int, sent_out: int, print_out: int, go_in: int, limit: int, 
                     selector.unregister(key.fd)
                 elif key.fd == print_out:
                     printed += part[: PRINTED_BYTES - len(printed)]
-                elif sent or defined is not None or part[:1] != WAITS:
+                elif told:
                     sent += part[: limit + 2 - len(sent)]
-                else:
-                    defined = resident(process)
-                    sent += part[1:]
+                else:  # its cells have run, if what it sends is what it should
+                    told, defined = True, resident(process)
+                    sent += part.removeprefix(WAITS)
                     with contextlib.suppress(OSError):
                         write(go_in, b"!")
             if usage is None:

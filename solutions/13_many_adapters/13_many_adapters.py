@@ -373,7 +373,7 @@ check_adapter_cache(AdapterCache)
 
 
 # %% tags=["experiment"]
-class LoRALinear(nn.Module):
+class LoRALayer(nn.Module):
     """y = W x + scaling B A x with the base frozen: unit 08's layer, without merging."""
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float):
@@ -416,7 +416,7 @@ def train_adapter(name: str, dataset, **how: object) -> None:
     """Train an adapter on the base, and write its factors to `adapters/<name>.safetensors`."""
     torch.manual_seed(0)
     model, _ = load_smollm2()
-    layers = replace_linears(model, lambda linear: LoRALinear(linear, RANK, SCALING))
+    layers = replace_linears(model, lambda linear: LoRALayer(linear, RANK, SCALING))
     train(model, dataset, **how)
     factors = {f"{at}.{of}": getattr(layer, of).detach().cpu() for at, layer in layers.items() for of in ("lora_A", "lora_B")}
     save_file(factors, ADAPTERS / f"{name}.safetensors")

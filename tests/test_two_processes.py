@@ -1,8 +1,8 @@
 """Checks judge answers that live in another process, from nothing but the tensors that come back."""
 
 import ast
-import inspect
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +16,19 @@ from two_processes import OtherProcess
 
 def notebook(exercise: Exercise) -> str:
     """Return what a student's notebook has besides this answer: imports, given classes, the answers to its other exercises."""
-    module = sys.modules[exercise.spec[0].__module__]
+    package = sys.modules[exercise.spec[0].__module__.rpartition(".")[0]]
     own = {part.__name__ for part in exercise.spec}
-    names = {part.__name__ for other in module.EXERCISES.values() for part in other.spec} - own
-    kept = []
-    for node in ast.parse(inspect.getsource(module)).body:
-        ours = isinstance(node, ast.ImportFrom) and node.module.startswith("autograder")
-        given = isinstance(node, ast.ClassDef) and node.name not in own
-        if (isinstance(node, ast.Import | ast.ImportFrom) and not ours) or given or getattr(node, "name", None) in names:
-            kept.append(ast.unparse(node))
-    return "\n\n".join(kept) + "\n\n"
+    names = {part.__name__ for other in package.EXERCISES.values() for part in other.spec} - own
+    imports, definitions = [], []
+    for path in sorted(Path(package.__file__).parent.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            ours = isinstance(node, ast.ImportFrom) and node.module.startswith("autograder")
+            given = isinstance(node, ast.ClassDef) and node.name not in own
+            if isinstance(node, ast.Import | ast.ImportFrom) and not ours:
+                imports.append(ast.unparse(node))
+            elif given or getattr(node, "name", None) in names:
+                definitions.append(ast.unparse(node))
+    return "\n\n".join([*imports, *definitions]) + "\n\n"
 
 
 @pytest.fixture(scope="module")

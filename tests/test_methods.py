@@ -18,7 +18,6 @@ from peftlab.comparison import (
     rows,
     score_table,
     select,
-    show,
     summary,
     sweep_table,
     twin_table,
@@ -174,7 +173,7 @@ def test_tables_name_every_kind_once_and_leave_out_what_was_not_measured(monkeyp
 def test_a_comparison_is_shown_in_a_picture_a_task_and_three_tables(monkeypatch, capsys):
     pictures = {}
     monkeypatch.setattr(plots, "show", lambda figure, alt: pictures.update({figure.get_suptitle(): alt}))
-    shipped = show({"biases": ("bitfit", ""), "LoRA": ("lora", "")}, "bitfit")
+    shipped = plots.show_comparison({"biases": ("bitfit", ""), "LoRA": ("lora", "")}, "bitfit")
     assert list(pictures) == [f"The learning rate, on {task}" for task in TASKS]
     assert all("biases; LoRA" in alt for alt in pictures.values())
     said = capsys.readouterr().out

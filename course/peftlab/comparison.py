@@ -176,35 +176,6 @@ def memory_table(shipped: Shipped) -> str:
     return step_table({f"{task:<15}{name}": summary(found).row.memory for (task, name), found in shipped.items()})
 
 
-def show(compared: Mapping[str, tuple[str, str]], method: str) -> dict[tuple[str, str], list[Row]]:
-    """Show the learning-rate sweeps of several methods, a picture for each task, and print what the chosen rates gave.
-
-    Args:
-        compared: as for `select`.
-        method: the one whose sweep is printed in figures as well.
-
-    Returns:
-        the rows, as `select` returns them.
-    """
-    from peftlab import plots  # it imports this module
-
-    shipped = select(compared)
-    for task in TASKS:
-        by_name = on_task(shipped, task)
-        if by_name:
-            figure = plots.learning_rate_sweep(by_name, f"The learning rate, on {task}")
-            alt = f"Loss and score on {task} against the learning rate, with rings at the chosen rates: {'; '.join(by_name)}."
-            plots.show(figure, alt=alt)
-    print(HOW_TO_READ)
-    print("\nThe sweep:")
-    print(sweep_table({key: found for key, found in shipped.items() if found[0].method == method}))
-    print("\nThe chosen rates, scores averaged over their seeds:")
-    print(score_table(shipped))
-    print("\nOne training step, in MiB:")
-    print(memory_table(shipped))
-    return shipped
-
-
 HOW_TO_READ = """
 Lines, and the table of the sweep, show the runs with seed 0; small marks are the other seeds. A ring, or a star, marks the
 rate that is chosen: of those with three seeds, the one with the lowest mean late loss. The spread is the largest score of a

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from peftlab import comparison
 from peftlab.comparison import chosen_rate, late_loss, sweep_rows
 from peftlab.memory import UNITS, Moment, StepMemory
 from peftlab.results import Row
@@ -217,3 +218,30 @@ def pareto(
 def _once(label: str, position: int) -> str | None:
     """Name a colour only where it appears first, so that the legend lists it once."""
     return label if position == 0 else None
+
+
+def show_comparison(compared: Mapping[str, tuple[str, str]], method: str) -> dict[tuple[str, str], list[Row]]:
+    """Show the learning-rate sweeps of several methods, a picture for each task, and print what the chosen rates gave.
+
+    Args:
+        compared: as for `comparison.select`.
+        method: the one whose sweep is printed in figures as well.
+
+    Returns:
+        the rows, as `comparison.select` returns them.
+    """
+    shipped = comparison.select(compared)
+    for task in comparison.TASKS:
+        by_name = comparison.on_task(shipped, task)
+        if by_name:
+            figure = learning_rate_sweep(by_name, f"The learning rate, on {task}")
+            alt = f"Loss and score on {task} against the learning rate, with rings at the chosen rates: {'; '.join(by_name)}."
+            show(figure, alt=alt)
+    print(comparison.HOW_TO_READ)
+    print("\nThe sweep:")
+    print(comparison.sweep_table({key: found for key, found in shipped.items() if found[0].method == method}))
+    print("\nThe chosen rates, scores averaged over their seeds:")
+    print(comparison.score_table(shipped))
+    print("\nOne training step, in MiB:")
+    print(comparison.memory_table(shipped))
+    return shipped

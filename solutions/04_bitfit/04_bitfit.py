@@ -656,7 +656,7 @@ COMPARED = {
     "LoRA, rank 8": ("lora", ""),
     "full": ("full", ""),
 }
-shipped = comparison.show(COMPARED, "bitfit")
+shipped = plots.show_comparison(COMPARED, "bitfit")
 
 # %% [markdown]
 # *What to see.* Each method has a valley of its own: full fine-tuning wants far smaller steps than the methods that train few numbers.

@@ -744,7 +744,7 @@ COMPARED = {
     "LoRA, rank 8": ("lora", ""),
     "full": ("full", ""),
 }
-shipped = comparison.show(COMPARED, "prompt_tuning")
+shipped = plots.show_comparison(COMPARED, "prompt_tuning")
 prompts = {key: rows for key, rows in shipped.items() if rows[0].method == "prompt_tuning"}
 
 # %% [markdown]

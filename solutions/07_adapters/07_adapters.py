@@ -751,7 +751,7 @@ COMPARED = {
     "LoRA, rank 8": ("lora", ""),
     "full": ("full", ""),
 }
-shipped = comparison.show(COMPARED, "adapters")
+shipped = plots.show_comparison(COMPARED, "adapters")
 
 # %% [markdown]
 # *What to see.* Each method has a valley of its own: full fine-tuning's lies at much smaller rates than those of the methods that train

@@ -864,7 +864,7 @@ plots.show(
 from peftlab import comparison
 
 COMPARED = {"QLoRA, rank 8": ("qlora", ""), "LoRA, rank 8": ("lora", ""), "full": ("full", "")}
-shipped = comparison.show(COMPARED, "qlora")
+shipped = plots.show_comparison(COMPARED, "qlora")
 
 # %%
 for task in comparison.TASKS:

@@ -50,9 +50,9 @@ comparison: $(READY) ## measure what the comparison of methods lacks (METHODS=ad
 	$(BIN)/python -m autograder.measuring.methods $(METHODS)
 
 fresh: $(READY) ## run every notebook alone, with Colab's, the oldest and the newest packages (downloads gigabytes)
-	PEFTLAB_FRESH=colab $(BIN)/python -m pytest tests/test_fresh_environment.py
-	PEFTLAB_FRESH=oldest $(BIN)/python -m pytest tests/test_fresh_environment.py
-	PEFTLAB_FRESH=newest $(BIN)/python -m pytest tests/test_fresh_environment.py
+	PEFTLAB_FRESH=colab $(BIN)/python -m pytest tests/building/test_fresh_environment.py
+	PEFTLAB_FRESH=oldest $(BIN)/python -m pytest tests/building/test_fresh_environment.py
+	PEFTLAB_FRESH=newest $(BIN)/python -m pytest tests/building/test_fresh_environment.py
 
 gpu: $(READY) ## prove on a GPU what the course says of one (OPTIONS=--dry: on the CPU, with tiny shapes)
 	$(BIN)/python -m autograder.measuring.gpu $(OPTIONS)
@@ -99,7 +99,7 @@ prove: $(READY) ## for every exercise: wrong answers caught, right variants pass
 	$(BIN)/python -m autograder.proving.prove $(UNIT)
 
 fuzz: $(READY) sandbox ## damage thousands of right notebooks and forge thousands of replies, at random (FUZZ=500 for fewer)
-	FUZZ=$(or $(FUZZ),5000) $(BIN)/python -m pytest tests/test_damaged_at_random.py tests/test_forged.py tests/test_damaged.py
+	FUZZ=$(or $(FUZZ),5000) $(BIN)/python -m pytest tests/grading/test_damaged_at_random.py tests/grading/test_forged.py tests/grading/test_damaged.py
 
 clean: ## remove the virtual environment; nothing of yours
 	rm -rf $(VENV)

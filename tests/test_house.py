@@ -81,6 +81,11 @@ def test_a_check_is_read_in_one_sitting(path):
     assert len(path.read_text().splitlines()) <= CHECK_LINES
 
 
+def test_tests_lie_in_the_rooms_of_what_they_test():
+    rooms = {path.parent.name for path in Path(__file__).parent.glob("*/test_*.py")}
+    assert rooms <= {*FLOORS, "lab_bench", "units"}
+
+
 def test_every_unit_with_exercises_has_a_package():
     packages = {path.parent.name for path in (HOUSE / "checks").glob("*/__init__.py")}
     assert packages <= {unit.partition("_")[2] for unit in units()}

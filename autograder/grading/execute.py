@@ -6,8 +6,8 @@
     a cell tagged `experiment`   does not run: it takes minutes, and no mark depends on it
 
 The student's `merge` is called in a sandbox where nothing else of the notebook has run (`autograder.sandbox.process`): of the
-cells above the check only what `merge` needs (`autograder.sandbox.needed`). If it raises an error there, perhaps for want of something
-that was not found to be needed, the check is made once more where all of the cells above it have run.
+cells above the check only what `merge` needs (`autograder.sandbox.needed`). If it raises an error there, perhaps for want of
+something that was not found to be needed, the check is made once more where all of the cells above it have run.
 
 The names of the answers come from the master, never from the submission. What comes out is a plain list of outputs, so a
 submission may be executed on any machine that has the masters, and be marked elsewhere.
@@ -33,14 +33,14 @@ from nbgrader import utils
 from nbgrader.preprocessors import NbGraderPreprocessor
 from traitlets import Bool, Unicode
 
-from autograder.sandbox.calls import Answer, Calls
 from autograder.checking.drive import travelling
 from autograder.checking.failure import CheckFailedError
-from autograder.sandbox.needed import needed
 from autograder.checking.masters import SOLUTIONS, answer_names, exercises_of
+from autograder.sandbox.calls import Answer, Calls
 from autograder.sandbox.enclosure import Limits, require_sandbox
-from autograder.sandbox.process import BAGGAGE_BYTES, SandboxProcess
 from autograder.sandbox.kernel import StudentKernel
+from autograder.sandbox.needed import needed
+from autograder.sandbox.process import BAGGAGE_BYTES, SandboxProcess
 from autograder.sandbox.watch import StoppedError
 
 PRINTED_CHARACTERS = 2000

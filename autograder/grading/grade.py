@@ -40,8 +40,9 @@ from sqlalchemy.exc import SAWarning
 from tqdm import tqdm
 from traitlets.config.loader import Config
 
-from autograder.grading import intake, report
 from autograder.building.build import ROOT, course_config
+from autograder.checking.masters import units
+from autograder.grading import intake, report
 from autograder.grading.execute import (
     Execution,
     execute,
@@ -51,11 +52,10 @@ from autograder.grading.execute import (
     unit_version,
 )
 from autograder.grading.intake import Submission, UnusableError, write_files
-from autograder.sandbox.plain import whole
 from autograder.grading.records import FAILED, MARKED, UNUSABLE, Record
-from autograder.checking.masters import units
-from autograder.sandbox.enclosure import Limits, SandboxMissingError, remove, require_sandbox
 from autograder.grading.sanitize import answered, released_of
+from autograder.sandbox.enclosure import Limits, SandboxMissingError, remove, require_sandbox
+from autograder.sandbox.plain import whole
 
 MARGIN_SECONDS = 900
 """For starting kernels, and for what the checks themselves compute."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from nbgrader.api import Assignment, Grade, Gradebook, MissingEntry, SubmittedAssignment
 
-from autograder.grading import intake
 from autograder.building.build import course_config
+from autograder.grading import intake
 from autograder.grading.records import Record
 
 SHOWN = 10

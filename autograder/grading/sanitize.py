@@ -16,8 +16,8 @@ from nbgrader.api import Gradebook
 from nbgrader.api import Notebook as SourceNotebook
 from nbgrader.preprocessors import ClearHiddenTests, NbGraderPreprocessor
 
-from autograder.grading.intake import UnusableError, plain_cell
 from autograder.checking.masters import experiments, grade_ids
+from autograder.grading.intake import UnusableError, plain_cell
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 RETYPED = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell, "raw": nbformat.v4.new_raw_cell}

@@ -16,7 +16,7 @@ from autograder.checking.masters import load_reference
 from peftlab import results, serving
 from peftlab.llama import PRESETS, Llama
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EPS = torch.finfo(torch.float32).eps
 SCALING, RANK = 2.0, 4
 

@@ -10,7 +10,7 @@ import torch
 
 from autograder.proving.prove import said
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "adding_an_exercise.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[2] / "docs" / "adding_an_exercise.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

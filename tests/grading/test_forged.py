@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autograder.checking.drive import Observation, RemoteAnswer, StudentError, drive, read_reply
 from autograder.checking.exercise import RAISED, Exercise
 from autograder.checking.failure import CheckFailedError
-from test_exercises import EXERCISES
+from every_exercise import EXERCISES
 
 EXAMPLES = int(os.environ.get("FUZZ", "600"))
 

@@ -2,7 +2,7 @@
 
 To run one master, on a GPU of compute capability 7.5, with the experiments cut short:
 
-    PEFTLAB_SHORT=1 python tests/test_notebooks_on_cuda.py 10_qlora 7.5
+    PEFTLAB_SHORT=1 python tests/units/test_notebooks_on_cuda.py 10_qlora 7.5
 """
 
 import os

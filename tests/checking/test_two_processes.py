@@ -10,7 +10,7 @@ import torch
 from autograder.checking.drive import drive_and_measure
 from autograder.checking.exercise import Exercise
 from autograder.checking.failure import CheckFailedError
-from test_exercises import EXERCISES
+from every_exercise import EXERCISES
 from two_processes import OtherProcess
 
 

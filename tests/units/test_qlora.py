@@ -35,7 +35,7 @@ DOUBLE = pytest.mark.parametrize("double", [False, True], ids=["absmax", "double
 
 def _benchmark():
     """The benchmark builds the library's model, too: one builder for both."""
-    path = Path(__file__).parent.parent / "benchmarks" / "qlora_against_bitsandbytes.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "qlora_against_bitsandbytes.py"
     module_spec = importlib.util.spec_from_file_location("qlora_against_bitsandbytes", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
@@ -89,7 +89,7 @@ def test_forward_and_backward_are_those_of_linear4bit(ours, double, bias):
 def test_twenty_steps_of_qlora_have_the_losses_of_peft(ours):
     """The same NF4 base, the same start: losses differ by rounding, which 20 steps of AdamW carry on but do not blow up."""
     torch.manual_seed(0)
-    model = Llama(replace(PRESETS["tiny"], intermediate_size=192))  # whole blocks a row: see tests/test_quantization.py
+    model = Llama(replace(PRESETS["tiny"], intermediate_size=192))  # whole blocks a row: see tests/units/test_quantization.py
     theirs = BENCHMARK.library_model(model)
     ours.qlora(model, BENCHMARK.quantizer(ours))
     BENCHMARK.copy_factors(theirs, model)

@@ -1,9 +1,7 @@
 """Every grader is tested: each known mistake is rejected by name, each right variant passes, always."""
 
 import builtins
-import importlib
 import os
-import pkgutil
 import symtable
 import time
 from collections.abc import Iterator
@@ -11,18 +9,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import autograder.checks
 from autograder.checking import hidden
 from autograder.checking.exercise import RAISED, Exercise, _compare
 from autograder.checking.failure import CheckFailedError
 from autograder.checking.masters import exercises_of, load_reference, units
+from every_exercise import EXERCISES, UNIT_OF
 from symbols import global_names
 
-MODULES = [
-    importlib.import_module(f"autograder.checks.{module.name}") for module in pkgutil.iter_modules(autograder.checks.__path__)
-]
-EXERCISES = {name: exercise for module in MODULES for name, exercise in module.EXERCISES.items()}
-UNIT_OF = {name: unit for unit in units() for name in EXERCISES if EXERCISES[name] in exercises_of(unit)}
 MISTAKES = [(name, sentence) for name, exercise in EXERCISES.items() for sentence in exercise.mistakes]
 VARIANTS = [(name, variant) for name, exercise in EXERCISES.items() for variant in exercise.variants]
 

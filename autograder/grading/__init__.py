@@ -1,0 +1,1 @@
+"""From what a class hands in to marks and a report."""

@@ -1,4 +1,4 @@
-"""What an exercise is made of, and how an answer to it is judged."""
+"""What an exercise is made of: a right answer, wrong ones, and what tells them apart."""
 
 import inspect
 import math
@@ -10,30 +10,16 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
 
-from autograder.checking.drive import Observation, as_torch_starts, describe_error, drive, drive_and_measure
-from autograder.checking.failure import CheckFailedError
+from autograder.checking.drive import Observation
+from autograder.checking.judging import Judge
 
 Edits = Mapping[str, str]
 """Pieces of the spec's source and what stands in their place."""
 
-RAISED = "raised"
-PEAK_BYTES = "peak bytes"
-PEAK_ALLOWANCE = "peak allowance"
-"""A case that has this key is large, and of measured memory: by so many bytes may the peak of a sparing answer differ.
-
-The driver sends back a sample only, by which it can be seen that the answer did what was asked of it.
-"""
-SAMPLE, SAMPLE_TOLERANCE = "a sample of the outcome", 1e-3
-NOT_WRITTEN = r"NotImplementedError(?!:)"
-"""How the description of the error begins that a cell without an answer raises; PyTorch raises it, too, with a message."""
-COMPARED = 600
-"""Characters by which two errors are compared: what comes from another process may have been cut behind them."""
-
 
 @dataclass(frozen=True, eq=False)  # two exercises are the same if they are one object
-class Exercise:
+class Exercise(Judge):
     """One exercise: its spec, the mistakes we expect, other right answers, and the way to judge a student's.
 
     Calling it checks an answer: `check_merge(merge, unmerge)`.
@@ -47,6 +33,8 @@ class Exercise:
             that a student reads and the wrong answers that the grader's tests must see rejected.
         variants: right answers written differently, as source or as edits; the grader's tests must see them accepted.
         reading: turns a driver's observation into what is compared; runs on the trusted side.
+        exact: what the reading compares with, for a case, if it takes a right answer to compute that: the reading finds it
+            among the case's own names.
         tolerance: the largest difference between two right answers, for a case, by field; fields not named must be equal.
         at_most: fields (bytes, say) of which less than expected is right too.
         measures_peak: for which cases to compare, too, by how many bytes the process grows at its peak.
@@ -59,159 +47,33 @@ class Exercise:
     variants: Mapping[str, Edits | str]
     helpers: Sequence[Callable] = ()
     reading: Callable[[Observation, dict], Observation] = lambda observation, case: observation
+    exact: Callable[[dict], dict] = lambda case: {}
     tolerance: Callable[[dict], Mapping[str, float]] = lambda case: {}
     at_most: frozenset[str] = frozenset()
     measures_peak: Callable[[dict], bool] = lambda case: False
 
     @property
-    def name(self) -> str:
-        """The names of what the student writes, as in a sentence."""
-        *others, last = [part.__name__ for part in self.spec]
-        return f"{', '.join(others)} and {last}" if others else last
-
-    def __call__(self, *answers: object, seed: int | None = None) -> None:
-        """Check a student's answers on fresh random inputs, and say so if they pass.
-
-        What the notebook has set for all of torch does not hold meanwhile.
-
-        Raises:
-            CheckFailedError: naming the mistake if it is a known one, else what was expected and what came.
-            RuntimeError: if the check cannot be made on this machine.
-        """
-        if len(answers) != len(self.spec) or None in answers:
-            raise CheckFailedError(f"{self.name}: call the check as the notebook does, with {self.name}, in this order.")
-        with as_torch_starts():
-            self._check(answers, seed)
-
-    def _check(self, answers: Sequence[object], seed: int | None) -> None:
-        cases = self.fresh_cases(seed)
-        expected = [self.observe(self.spec, case) for case in cases]
-        for seen in expected:
-            if RAISED in seen:  # an answer that raises the same would pass
-                raise RuntimeError(f"{self.name} cannot be checked here: the check's own answer raised {seen[RAISED]}")
-        observed = [self.observe(answers, case) for case in cases]
-        differences = [self.difference(*pair) for pair in zip(expected, observed, cases, strict=True)]
-        if not any(differences):
-            print(f"{self.name}: passed, on {len(cases)} fresh random {'case' if len(cases) == 1 else 'cases'}.")
-            return
-        try:
-            named = self.diagnose(observed, expected, cases)
-        except Exception:  # likewise; the answer is wrong in any case
-            named = None
-        raise CheckFailedError(f"{self.name}: {named or next(filter(None, differences))}")
+    def answer_names(self) -> list[str]:
+        return [part.__name__ for part in self.spec]
 
     def fresh_cases(self, seed: int | None = None) -> list[dict]:
         """Return random inputs: others at each call, or those that belong to a seed."""
         generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
         return list(self.cases(generator))
 
+    def expected(self, case: dict) -> Observation:
+        return self.observe(self.spec, case)
+
+    def would_be(self, mistake: str, cases: Sequence[dict]) -> Callable[[int], Observation]:
+        wrong = self.build(self.mistakes[mistake])
+        return cache(lambda number: self.observe(wrong, cases[number]))
+
     def accepts(self, answers: Sequence[object], seed: int | None = None) -> bool:
         """Whether answers are right, without saying why not."""
         for case in self.fresh_cases(seed):
-            if self.difference(self.observe(self.spec, case), self.observe(answers, case), case):
+            if self.difference(self.expected(case), self.observe(answers, case), case):
                 return False
         return True
-
-    def observe(self, answers: Sequence[object], case: dict) -> Observation:
-        """Return what the driver and the reading see of these answers; if they raise, what they raise."""
-        copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in case.items()}
-        try:
-            of_memory = copied.pop(PEAK_ALLOWANCE, None) is not None
-            if of_memory or self.measures_peak(case):
-                observation, peak = drive_and_measure(self.driver, answers, copied, self.helpers)
-            else:
-                observation, peak = drive(self.driver, answers, copied, self.helpers), None
-            read = observation if of_memory else self.reading(observation, case)
-        except Exception as error:
-            return {RAISED: describe_error(error)}
-        return read if peak is None else {**read, PEAK_BYTES: peak}
-
-    def difference(self, expected: Observation, observed: Observation, case: dict) -> str | None:
-        """Return a sentence on the first field in which `observed` is not right, or None."""
-        try:
-            return self._difference(expected, observed, case)
-        except Exception as error:  # what comes back from another process may be anything
-            return f"what your code gives cannot be compared with what is expected ({type(error).__name__})."
-
-    def _difference(self, expected: Observation, observed: Observation, case: dict) -> str | None:
-        if RAISED in observed and RAISED not in expected:
-            if re.match(NOT_WRITTEN, observed[RAISED]):
-                return "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."
-            raised = " ".join(observed[RAISED].split()).rstrip(".")
-            if raised.startswith("what came back"):
-                return f"{raised}. Is a `return` missing, or one of the values that it should return?"
-            return f"your code raised {raised}."
-        tolerance, at_most = self._bounds(case)
-        for name, wanted in expected.items():
-            if name not in observed:
-                return f"{name} is missing: expected {_short(wanted)}."
-            problem = _compare(wanted, observed[name], tolerance.get(name, 0.0), name in at_most)
-            if problem:
-                return f"{name}{problem}"
-        return None
-
-    def diagnose(self, observed: list[Observation], expected: list[Observation], cases: list[dict]) -> str | None:
-        """Return the sentence of the mistake that explains the observations, or None.
-
-        Best is a mistake that gives these very observations. Where two were made at once there is none; then one whose
-        first wrong field, in every case, is the same and has the same value. A process's peak is noisy and tells nothing there.
-        """
-        wrong_fields = {
-            number: name
-            for number, triple in enumerate(zip(expected, observed, cases, strict=True))
-            if (name := self._first_wrong_field(*triple)) not in (None, PEAK_BYTES)
-        }
-        can_be_partial = wrong_fields and RAISED not in wrong_fields.values()
-        partial = None
-        for sentence, edits in self.mistakes.items():
-            would_be = self._lazily(edits, cases)
-            if all(self._looks_like(would_be(number), observed[number], case) for number, case in enumerate(cases)):
-                return f"{sentence}."
-            if can_be_partial and all(
-                self._first_wrong_field(expected[number], would_be(number), cases[number]) == name
-                and self._explains(would_be(number), name, observed[number], cases[number])
-                for number, name in wrong_fields.items()
-            ):
-                can_be_partial, partial = False, f"{sentence}."
-        return partial
-
-    def _lazily(self, edits: Edits, cases: Sequence[dict]) -> Callable[[int], Observation]:
-        """Return what gives, by a case's number, what is observed of the edited spec, which is run once a case at most."""
-        wrong = self.build(edits)
-        return cache(lambda number: self.observe(wrong, cases[number]))
-
-    def _first_wrong_field(self, expected: Observation, observed: Observation, case: dict) -> str | None:
-        if RAISED in observed:
-            return RAISED
-        tolerance, at_most = self._bounds(case)
-        for name, wanted in expected.items():
-            if name not in observed or _compare(wanted, observed[name], tolerance.get(name, 0.0), name in at_most):
-                return name
-        return None
-
-    def _explains(self, would_be: Observation, name: str, seen: Observation, case: dict) -> bool:
-        """Whether a wrong answer's observation has the same value in this one field."""
-        if name not in seen or name not in would_be:
-            return False
-        return not _compare(would_be[name], seen[name], self._noise(name, case), False)
-
-    def _looks_like(self, would_be: Observation, seen: Observation, case: dict) -> bool:
-        if RAISED in seen or RAISED in would_be:
-            return _without_line(seen.get(RAISED)) == _without_line(would_be.get(RAISED))
-        return seen.keys() == would_be.keys() and not any(
-            _compare(would_be[name], seen[name], self._noise(name, case), False) for name in seen
-        )
-
-    def _noise(self, name: str, case: dict) -> float:
-        """By how much a field differs from run to run: a count of bytes not at all, whatever a right answer is allowed."""
-        exact = name in self.at_most and name != PEAK_BYTES
-        return 0.0 if exact else self._bounds(case)[0].get(name, 0.0)
-
-    def _bounds(self, case: dict) -> tuple[Mapping[str, float], frozenset[str]]:
-        """Return the tolerance of a case, and the fields of which less is right too."""
-        if PEAK_ALLOWANCE in case:
-            return {PEAK_BYTES: case[PEAK_ALLOWANCE], SAMPLE: SAMPLE_TOLERANCE}, frozenset({PEAK_BYTES})
-        return self.tolerance(case), self.at_most
 
     def source(self, edits: Edits | str = "") -> str:
         """Return the source of the spec, with the edits made; a variant that is source already is returned as it is.
@@ -243,65 +105,3 @@ class Exercise:
 @cache
 def _source_of(part: Callable) -> str:
     return inspect.getsource(part)  # of a class, a tenth of a second: Python parses the whole file
-
-
-def _compare(expected: object, got: object, tolerance: float, at_most: bool) -> str | None:
-    """Return what is wrong with `got`, to be put behind the field's name, or None."""
-    if isinstance(expected, Tensor):
-        return _compare_tensors(expected, got, tolerance)
-    if isinstance(expected, bool):
-        return None if got is expected else f": expected {expected}, got {_short(got)}."
-    if isinstance(expected, int | float) and isinstance(got, int | float):
-        right = got <= expected + tolerance if at_most else abs(got - expected) <= tolerance
-        if right:
-            return None
-        margin = f", give or take {tolerance:,.3g}" if tolerance else ""
-        wanted, found = _apart(expected, got)
-        return f" should be {'at most ' if at_most else ''}{wanted}{margin}; it is {found}."
-    return None if got == expected else f" should be {_short(expected)}; it is {_short(got)}."
-
-
-def _apart(*pair: float) -> tuple[str, ...]:
-    """Return two numbers with as many digits as it takes to see in what they differ."""
-    if not all(map(math.isfinite, pair)) or pair[0] == pair[1]:
-        digits = 4
-    else:
-        largest = max(map(abs, pair))
-        digits = max(4, math.ceil(math.log10(largest)), math.ceil(math.log10(largest / abs(pair[0] - pair[1]))) + 2)
-    return tuple(f"{value:,}" if isinstance(value, int) else f"{value:,.{min(digits, 17)}g}" for value in pair)
-
-
-def _compare_tensors(expected: Tensor, got: object, tolerance: float) -> str | None:
-    if not isinstance(got, Tensor):
-        return f" should be a tensor; it is {_short(got)}."
-    if got.shape != expected.shape:
-        return f" should have shape {tuple(expected.shape)}; it has {tuple(got.shape)}."
-    if got.dtype != expected.dtype:
-        return f" should have dtype {expected.dtype}; it has {got.dtype}."
-    if expected.numel() == 0:
-        return None
-    differences = (got.double() - expected.double()).abs()
-    worst = differences.max().item()
-    if worst <= tolerance:  # False for NaN
-        return None
-    allowed = f"at most {tolerance:.1g}, by rounding" if tolerance else "nothing"
-    shown, where = (_short(expected), _short(got)), ""
-    if shown[0] == shown[1]:  # what differs stands further behind, or in later digits
-        place = tuple(int(index) for index in torch.unravel_index(differences.argmax(), differences.shape))
-        shown, where = _apart(expected[place].item(), got[place].item()), f", at {list(place)}" if place else ""
-    return (
-        f": off by up to {worst:.3g}{where}, where right answers differ by {allowed}.\n"
-        f"  expected {shown[0]}\n  got      {shown[1]}"
-    )
-
-
-def _short(value: object) -> str:
-    if isinstance(value, Tensor):
-        numbers = value.flatten()[:4].tolist()
-        return f"[{', '.join(f'{number:.4g}' for number in numbers)}{', ...' if value.numel() > 4 else ''}]"
-    return repr(value) if len(repr(value)) < 300 else repr(value)[:300] + " ..."
-
-
-def _without_line(raised: object) -> str | None:
-    """The message of an error without the place where it was raised, which differs from answer to answer."""
-    return None if raised is None else str(raised).split(" (line ")[0][:COMPARED]

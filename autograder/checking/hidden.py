@@ -9,8 +9,9 @@ import re
 import torch
 from nbformat import NotebookNode
 
-from autograder.checking.exercise import RAISED, Exercise
+from autograder.checking.exercise import Exercise
 from autograder.checking.failure import CheckFailedError
+from autograder.checking.judging import RAISED
 from autograder.checking.masters import load_hidden_cases, load_reference
 
 HIDDEN_TESTS = """

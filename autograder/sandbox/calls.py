@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from autograder.checking.drive import RemoteAnswer, StudentError
-from autograder.checking.exercise import NOT_WRITTEN
+from autograder.checking.judging import NOT_WRITTEN
 from autograder.sandbox.process import Reply, SandboxProcess
 from autograder.sandbox.watch import StoppedError
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,16 @@ class Limits:
     reply_bytes: int = 64 * 2**20
     """Of what one call of a check returns."""
 
+    def of_a_process(self) -> dict[str, int]:
+        """Return what the system itself sees to, by the names of the module `resource`."""
+        return {
+            "RLIMIT_DATA": self.memory_bytes,
+            "RLIMIT_CPU": int(self.total_cpu_seconds),
+            "RLIMIT_NPROC": self.processes,
+            "RLIMIT_FSIZE": self.file_bytes,
+            "RLIMIT_CORE": 0,
+        }
+
 
 class SandboxMissingError(RuntimeError):
     """Student code would run unprotected; the message says what to do."""
@@ -82,29 +93,23 @@ def require_sandbox() -> None:
         )
 
 
-def sandboxed(command: list[str], limits: Limits, run_folder: Path, submission: Path | None) -> list[str]:
+def sandboxed(
+    command: list[str], limits: Limits, run_folder: Path, submission: Path | None, options: Sequence[str] = ()
+) -> list[str]:
     """Return the command line that runs `command` in the sandbox.
 
     Args:
         run_folder: holds the kernel's connection file and sockets; the one folder that both sides write to.
         submission: a folder whose files are copied to the working directory inside.
+        options: further ones of bubblewrap.
     """
-    box = _enclosure(limits)
-    box += ["--bind", str(run_folder), str(run_folder)]
+    box = [*_enclosure(limits), *options, "--bind", str(run_folder), str(run_folder)]
     if submission is not None:
         box += ["--ro-bind", str(submission), SUBMISSION]
     # The limits are set inside: outside they would count every process of the grader's own user.
-    limited = [
-        "prlimit",
-        f"--data={limits.memory_bytes}",
-        f"--cpu={int(limits.total_cpu_seconds)}",
-        f"--nproc={limits.processes}",
-        f"--fsize={limits.file_bytes}",
-        "--core=0",
-        "--",
-    ]
+    limited = [f"--{name.removeprefix('RLIMIT_').lower()}={value}" for name, value in limits.of_a_process().items()]
     copy_then_run = f'[ -d {SUBMISSION} ] && cp -r --no-preserve=mode {SUBMISSION}/. .; exec "$@"'
-    return [*box, "--", "sh", "-c", copy_then_run, "sh", *limited, *command]
+    return [*box, "--", "sh", "-c", copy_then_run, "sh", "prlimit", *limited, "--", *command]
 
 
 def _enclosure(limits: Limits) -> list[str]:
@@ -120,7 +125,7 @@ def _enclosure(limits: Limits) -> list[str]:
             box += ["--tmpfs", str(path)]
     box += ["--ro-bind", str(STAND_IN), "/opt/autograder", "--ro-bind", str(HERE / "server.py"), SERVER]
     box += ["--proc", "/proc", "--dev", "/dev"]
-    for name, value in _environment().items():
+    for name, value in environment().items():
         box += ["--setenv", name, value]
     return [*box, "--chdir", HOME]
 
@@ -138,7 +143,8 @@ def _yardsticks() -> list[Path]:
     return [Path(spec.origin).parent for spec in found if spec and spec.origin]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Return the environment of every process inside."""
     return {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "HOME": "/tmp",
@@ -147,6 +153,7 @@ def _environment() -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "IPYTHONDIR": "/tmp/ipython",
         "MPLCONFIGDIR": "/tmp/matplotlib",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # as a kernel sets it
         "PEFTLAB_CACHE": str(cache_folder()),
         "PEFTLAB_SHORT": "1",
         "HF_HUB_OFFLINE": "1",

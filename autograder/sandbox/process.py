@@ -26,11 +26,14 @@ import psutil
 from autograder.checking.drive import describe_error
 from autograder.sandbox import server as sandbox_server
 from autograder.sandbox.enclosure import SERVER, Limits, remove, sandboxed
+from autograder.sandbox.warm import WARM, WarmError
 from autograder.sandbox.watch import Moment, StoppedError, Watch
 
 LOOK_EVERY = 0.25
 START_SECONDS, AT_ONCE_SECONDS = 300, 30
 KILLING_ROUNDS, KILLING_SECONDS = 50, 0.02
+KEEPER = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('open', flush=True)\nwhile True: signal.pause()"
+"""Keeps a sandbox open as its first process, and takes in those that lose their parents."""
 BAGGAGE_BYTES = 16 * 2**20
 """What defining the answers may take without any doubt about what their calls are measured to take."""
 
@@ -107,6 +110,46 @@ class SandboxProcess:
         self.folder = Path(tempfile.mkdtemp(prefix="sandbox-", dir="/tmp"))
         self.folder.chmod(0o777)
         submission = self._submission.resolve() if self._submission else None
+        if not (self._sandboxed and WARM.possible and self._start_warm(submission)):
+            self._start_cold(submission)
+        os.set_blocking(self._from, False)
+        request = {"kind": "prepare", "setup": self._setup, "modules": self._modules}
+        try:
+            said, _ = self._ask(request | {"describe": inspect.getsource(describe_error)}, START_SECONDS)
+        except StoppedError as error:
+            raise RuntimeError(f"the sandbox did not start: {error}") from error
+        if said["error"]:
+            self.close()
+            raise RuntimeError(f"the sandbox did not start: {said['error']}")
+        self._own = {process.pid for process in self.watch.processes()}
+
+    def _start_warm(self, submission: Path | None) -> bool:
+        """Open a sandbox, and have a process move in that has torch in memory; return whether this machine lets it."""
+        says, said = os.pipe()
+        options = ["--as-pid-1", "--info-fd", str(said)]
+        command = sandboxed([sys.executable, "-ISc", KEEPER], self.watch.limits, self.folder, submission, options)
+        reads, self._to = os.pipe()
+        self._from, writes = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[said]
+            )
+            self.watch.start(self._process.pid)
+            with open(says) as told, self._process.stdout as opened:
+                os.close(said)
+                ready = opened.readline()
+                inside = json.load(told)["child-pid"] if ready else 0
+            self.watch.start(self._process.pid, WARM.move_in(inside, self.watch.limits, reads, writes))
+        except (WarmError, ValueError):
+            self._end()
+            return False
+        finally:
+            os.close(reads)
+            os.close(writes)
+        return True
+
+    def _start_cold(self, submission: Path | None) -> None:
+        """Start a sandbox whose program imports torch itself."""
         if self._sandboxed:
             command = sandboxed([sys.executable, "-P", SERVER, "--alone"], self.watch.limits, self.folder, submission)
         else:
@@ -118,31 +161,26 @@ class SandboxProcess:
             stderr=subprocess.DEVNULL,
             cwd=None if self._sandboxed else submission,
             env=os.environ | {"OMP_NUM_THREADS": "1"},  # a fork has no thread but its own, and would wait for the others
-            bufsize=0,
         )
-        os.set_blocking(self._process.stdout.fileno(), False)
+        self._to, self._from = os.dup(self._process.stdin.fileno()), os.dup(self._process.stdout.fileno())
+        self._process.stdin.close()
+        self._process.stdout.close()
         self.watch.start(self._process.pid)
-        request = {"kind": "prepare", "setup": self._setup, "modules": self._modules}
-        try:
-            said, _ = self._ask(request | {"describe": inspect.getsource(describe_error)}, START_SECONDS)
-        except StoppedError as error:
-            raise RuntimeError(f"the sandbox did not start: {error}") from error
-        if said["error"]:
-            self.close()
-            raise RuntimeError(f"the sandbox did not start: {said['error']}")
-        self._own = {process.pid for process in self.watch.processes()}
+
+    def _end(self) -> None:
+        self.watch.kill()
+        for pipe in (self._to, self._from):
+            with contextlib.suppress(OSError):
+                os.close(pipe)
+        self._process.kill()
+        self._process.wait()
+        self._process = None
 
     def close(self) -> None:
         """Kill every process in it."""
         if self._process is None:
             return
-        self.watch.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
-        self._process.kill()
-        self._process.wait()
-        self._process = None
+        self._end()
         try:
             problem = remove(self.folder)
         except Exception as error:
@@ -253,7 +291,7 @@ class SandboxProcess:
         view = memoryview(struct.pack(">Q", len(content)) + content)
         try:
             while view:
-                view = view[os.write(self._process.stdin.fileno(), view[: 2**20]) :]
+                view = view[os.write(self._to, view[: 2**20]) :]
         except OSError:
             raise _EndedError from None
 
@@ -269,10 +307,10 @@ class SandboxProcess:
         content, start = bytearray(), time.monotonic()
         looked = start
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
+            selector.register(self._from, selectors.EVENT_READ)
             while len(content) < size:
                 if selector.select(LOOK_EVERY):
-                    part = os.read(self._process.stdout.fileno(), min(size - len(content), 2**20))
+                    part = os.read(self._from, min(size - len(content), 2**20))
                     if not part:
                         raise _EndedError
                     content += part

@@ -23,7 +23,7 @@ class Moment:
 
 
 class Watch:
-    """Follows a process and all that it starts, over several starts.
+    """Follows some processes and all that they start, over several starts.
 
     Attributes:
         cpu_seconds, peak_bytes: what has been used so far, over all processes and starts.
@@ -33,31 +33,30 @@ class Watch:
         self.limits = limits
         self.peak_bytes = 0
         self._of_earlier_starts = self._of_this_start = self._resident = 0.0
-        self._first: int | None = None
+        self._first: tuple[int, ...] = ()
 
     @property
     def cpu_seconds(self) -> float:
         """Of all starts."""
         return self._of_earlier_starts + self._of_this_start
 
-    def start(self, process: int) -> None:
-        """Follow this process from now on."""
+    def start(self, *processes: int) -> None:
+        """Follow these processes from now on."""
         self._of_earlier_starts, self._of_this_start = self.cpu_seconds, 0.0
-        self._first = process
+        self._first = processes
 
     def now(self) -> Moment:
         """Return this moment, for `stop_if_too_much`."""
         return Moment(self.cpu_seconds, time.monotonic())
 
     def processes(self) -> list[psutil.Process]:
-        """Return the process and what it has started, as far as they are still there."""
-        if self._first is None:
-            return []
-        try:
-            first = psutil.Process(self._first)
-            return [first, *first.children(recursive=True)]
-        except psutil.Error:
-            return []
+        """Return the processes and what they have started, as far as they are still there."""
+        found = []
+        for number in self._first:
+            with contextlib.suppress(psutil.Error):
+                first = psutil.Process(number)
+                found += [first, *first.children(recursive=True)]
+        return found
 
     def look(self) -> None:
         """Read the processor time and the memory of all processes."""
@@ -83,9 +82,9 @@ class Watch:
             raise StoppedError(f"it used more than {limits.memory_bytes / 2**30:.3g} GiB of memory")
 
     def kill(self) -> None:
-        """Kill the process and all that it has started."""
+        """Kill the processes and all that they have started."""
         self.look()
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
-        self._first = None
+        self._first = ()

@@ -2,7 +2,7 @@
 
 import torch
 
-from autograder.checking.exercise import PEAK_ALLOWANCE
+from autograder.checking.judging import PEAK_ALLOWANCE
 from autograder.checks import prompt_tuning
 
 MIB = 2**20

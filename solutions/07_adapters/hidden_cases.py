@@ -3,7 +3,7 @@
 import torch
 
 from autograder.checking.cases import between
-from autograder.checking.exercise import PEAK_ALLOWANCE
+from autograder.checking.judging import PEAK_ALLOWANCE
 from autograder.checks import adapters
 
 MIB = 2**20

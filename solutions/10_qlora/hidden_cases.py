@@ -4,7 +4,7 @@ import torch
 
 from autograder.checks import qlora
 from autograder.checks.qlora.cases import random_bytes
-from autograder.checking.exercise import PEAK_ALLOWANCE
+from autograder.checking.judging import PEAK_ALLOWANCE
 
 MIB = 2**20
 

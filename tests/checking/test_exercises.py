@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from autograder.checking import hidden
-from autograder.checking.exercise import RAISED, Exercise, _compare
+from autograder.checking.exercise import Exercise
 from autograder.checking.failure import CheckFailedError
+from autograder.checking.judging import RAISED, _compare
 from autograder.checking.masters import exercises_of, load_reference, units
 from every_exercise import EXERCISES, UNIT_OF
 from symbols import global_names

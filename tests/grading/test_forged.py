@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autograder.checking.drive import Observation, RemoteAnswer, StudentError, drive, read_reply
-from autograder.checking.exercise import RAISED, Exercise
+from autograder.checking.exercise import Exercise
 from autograder.checking.failure import CheckFailedError
+from autograder.checking.judging import RAISED
 from every_exercise import EXERCISES
 
 EXAMPLES = int(os.environ.get("FUZZ", "600"))

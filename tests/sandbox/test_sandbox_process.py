@@ -8,6 +8,7 @@ import torch
 
 from autograder.sandbox.enclosure import Limits, sandbox_problem
 from autograder.sandbox.process import SandboxProcess
+from autograder.sandbox.warm import WARM, WarmError
 from autograder.sandbox.watch import StoppedError
 
 pytestmark = [
@@ -195,3 +196,72 @@ def test_a_closed_sandbox_starts_again(sandbox):
     assert not sandbox.running and sandbox.students() == []
     assert outcome(call(sandbox, "def answer():\n    return 1")) == 1
     assert sandbox.left_behind == []
+
+
+LOOKS_AROUND = """
+import ctypes, os, resource, socket
+
+
+def answer():
+    library = ctypes.CDLL(None, use_errno=True)
+    status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+    limits = [getattr(resource, name) for name in ("RLIMIT_DATA", "RLIMIT_CPU", "RLIMIT_NPROC", "RLIMIT_FSIZE", "RLIMIT_CORE")]
+    return {
+        "rights": [status[name].strip() for name in status if name.startswith(("Cap", "NoNewPrivs", "Uid", "Gid"))],
+        "limits": [list(resource.getrlimit(limit)) for limit in limits],
+        "may make a user namespace": library.unshare(0x10000000) == 0,
+        "may mount": library.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0,
+        "folders": sorted(os.listdir("/")) + sorted(os.listdir("/opt")),
+        "mounts": sorted(line.split()[4] for line in open("/proc/self/mountinfo")),
+        "environment": sorted(f"{name}={value}" for name, value in os.environ.items() if name not in ("PWD", "OLDPWD", "_")),
+        "interfaces": [line.split(":")[0].strip() for line in open("/proc/net/dev") if ":" in line],
+        "name": socket.gethostname(),
+        "here": os.getcwd(),
+        "files": sorted(os.listdir(".")),
+        "descriptors": sorted(int(name) for name in os.listdir("/proc/self/fd")),
+        "mask": oct(os.umask(0)),
+    }
+"""
+
+
+def test_a_warm_sandbox_is_as_closed_as_a_cold_one(monkeypatch, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    seen = {}
+    for kind in ("warm", "cold"):
+        with monkeypatch.context() as patched:
+            patched.setattr(WARM, "_tries", 0 if kind == "warm" else 99)
+            sandbox = SandboxProcess(["import torch"], submission=tmp_path, limits=LIMITS)
+            try:
+                seen[kind] = outcome(call(sandbox, LOOKS_AROUND))
+                assert len(sandbox.watch._first) == (2 if kind == "warm" else 1), "it was not started so"
+                (folder,) = {mount for mount in seen[kind]["mounts"] if mount.startswith("/tmp/sandbox-")}
+                seen[kind]["mounts"].remove(folder)
+            finally:
+                sandbox.close()
+    assert seen["warm"] == seen["cold"]
+    assert not seen["warm"]["may make a user namespace"] and not seen["warm"]["may mount"]
+    assert seen["warm"]["rights"][-1] == "1" and "0" * 16 in seen["warm"]["rights"]
+    assert seen["warm"]["interfaces"] == ["lo"] and "mine.txt" in seen["warm"]["files"]
+
+
+def test_where_no_process_may_move_in_the_sandbox_starts_cold(monkeypatch, tmp_path):
+    def refused(*_):
+        raise WarmError("setns: Operation not permitted")
+
+    monkeypatch.setattr(WARM, "move_in", refused)
+    sandbox = SandboxProcess(["import torch"], submission=tmp_path, limits=LIMITS)
+    try:
+        assert outcome(call(sandbox, "def answer():\n    return 1")) == 1
+    finally:
+        sandbox.close()
+
+
+def test_a_template_that_was_killed_is_made_anew(tmp_path):
+    for _ in range(2):
+        sandbox = SandboxProcess(["import torch"], submission=tmp_path, limits=LIMITS)
+        try:
+            assert outcome(call(sandbox, "def answer():\n    return 1")) == 1
+        finally:
+            sandbox.close()
+        WARM._template._process.kill()
+        WARM._template._process.wait()

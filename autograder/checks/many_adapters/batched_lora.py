@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from autograder.checking.cases import between, normal, total_bytes
 from autograder.checking.drive import Observation
-from autograder.checking.exercise import PEAK_BYTES, Exercise
+from autograder.checking.exercise import Exercise
+from autograder.checking.judging import PEAK_BYTES
 
 
 class BatchedLoRA(nn.Module):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from autograder.checking.cases import between, normal
 from autograder.checking.drive import Observation
-from autograder.checking.exercise import PEAK_BYTES, Exercise
+from autograder.checking.exercise import Exercise
+from autograder.checking.judging import PEAK_BYTES
 
 
 def combine(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], rank: int) -> tuple[Tensor, Tensor]:

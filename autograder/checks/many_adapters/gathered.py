@@ -5,7 +5,8 @@ from torch import Tensor
 
 from autograder.checking.cases import between, normal
 from autograder.checking.drive import Observation
-from autograder.checking.exercise import PEAK_BYTES, Exercise
+from autograder.checking.exercise import Exercise
+from autograder.checking.judging import PEAK_BYTES
 
 
 def gathered_update(x: Tensor, A: Tensor, B: Tensor, adapters: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from autograder.checking.cases import normal
 from autograder.checking.drive import Observation
-from autograder.checking.exercise import PEAK_BYTES, Exercise
+from autograder.checking.exercise import Exercise
+from autograder.checking.judging import PEAK_BYTES
 from autograder.checks.many_adapters.gathered import gathered_case, gathered_tolerance
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from autograder.checking.cases import between, normal
 from autograder.checking.drive import Observation
-from autograder.checking.exercise import PEAK_BYTES, Exercise
+from autograder.checking.exercise import Exercise
+from autograder.checking.judging import PEAK_BYTES
 from autograder.checks.rank_decomposition.add_products import RETURNED
 from autograder.checks.rank_decomposition.cases import eps_of, orthonormal
 

@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,12 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("course")
+
+
+def pytest_collection_finish(session):
+    """Leave what is in memory by now to itself: checks of memory collect garbage, and would look at all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

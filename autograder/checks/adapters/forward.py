@@ -120,7 +120,7 @@ def read_adapter(observation: Observation, case: dict) -> Observation:
     if torch.finfo(case["h"].dtype).eps < 1e-4:
         return read
     found = {"change": observation["output"].double() - case["h"].double(), **gradients}
-    for name, exact in exact_adapter(case).items():
+    for name, exact in case["exact"].items():
         if name in found and found[name].shape == exact.shape:
             read[_multiple(name)] = (found[name].double().flatten() @ exact.flatten() / exact.square().sum()).item()
     return read
@@ -130,12 +130,14 @@ def _multiple(name: str) -> str:
     return f"the {'change' if name == 'change' else f'gradient of {name}'} as a multiple of the exact one"
 
 
-def exact_adapter(case: dict) -> dict[str, Tensor]:
+def exact_adapter(case: dict) -> dict:
     """Return the change that the adapter makes to h, and the gradients of more than one axis, in double precision."""
+    if torch.finfo(case["h"].dtype).eps < 1e-4:
+        return {}
     down, up, h = leaves = [case[name].double().requires_grad_() for name in ("down_weight", "up_weight", "h")]
     change = F.gelu(h @ down.T + case["down_bias"].double()) @ up.T + case["up_bias"].double()
     gradients = torch.autograd.grad(h + change, leaves, case["output_gradient"].double())
-    return {"change": change.detach(), **dict(zip(("down.weight", "up.weight", "h"), gradients))}
+    return {"exact": {"change": change.detach(), **dict(zip(("down.weight", "up.weight", "h"), gradients))}}
 
 
 def adapter_tolerance(case: dict) -> dict[str, float]:
@@ -184,6 +186,7 @@ check_adapter = Exercise(
     cases=lambda generator: [adapter_case(generator), adapter_case(generator, torch.bfloat16)],
     driver=drive_adapter,
     reading=read_adapter,
+    exact=exact_adapter,
     tolerance=adapter_tolerance,
     mistakes={
         "the residual connection is missing: the adapter returns h plus its change": {SUM: "return change"},

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from autograder.checking.cases import between, normal
@@ -33,9 +32,9 @@ def join(first: dict[str, Tensor], second: dict[str, Tensor], weights: tuple[flo
 def join_case(
     generator: torch.Generator, widths: tuple[int, int], weights: list[float], dtype: torch.dtype = torch.float32
 ) -> dict:
-    """Return two adapters of these widths, and inputs to try them on."""
+    """Return two adapters of these widths."""
     hidden = between(generator, 9, 11)
-    case: dict = {"weights": weights, "h": normal(generator, 30, hidden)}
+    case: dict = {"weights": weights}
     for name, width in zip(("first", "second"), widths):
         case[name] = {
             "down.weight": normal(generator, width, hidden, dtype=dtype) * (1.5 / math.sqrt(hidden)),
@@ -46,7 +45,7 @@ def join_case(
     return case
 
 
-def drive_join(join, first, second, weights, h):
+def drive_join(join, first, second, weights):
     """Return the joined adapter's tensors, or what came instead, and whether what was given is as it was."""
     import torch
 
@@ -63,16 +62,8 @@ def drive_join(join, first, second, weights, h):
     }
 
 
-def change(adapter: dict[str, Tensor], h: Tensor) -> Tensor:
-    """Return what an adapter adds to h, in double precision."""
-    down, down_bias, up, up_bias = (
-        adapter[f"{part}.{kind}"].double() for part in ("down", "up") for kind in ("weight", "bias")
-    )
-    return F.gelu(h.double() @ down.T + down_bias) @ up.T + up_bias
-
-
 def read_join(observation: Observation, case: dict) -> Observation:
-    """Turn the joined adapter into the change that it makes: in which order its features stand is free."""
+    """Put the joined adapter's features into an order of their own: in which one they stand is free."""
     read = {"what join returns": observation["returned"]}
     if "joined" not in observation:
         return read
@@ -88,27 +79,26 @@ def read_join(observation: Observation, case: dict) -> Observation:
     right = {"down.bias": [width], "down.weight": [width, hidden], "up.bias": [hidden], "up.weight": [hidden, width]}
     if shapes != right:
         return read
-    return read | {"the change that the joined adapter makes": change(joined, case["h"])}
+    features = torch.cat([joined["down.weight"], joined["down.bias"][:, None], joined["up.weight"].T], 1).double()
+    return read | {
+        "the joined features, each with its down.weight, down.bias and up.weight": features[features[:, 0].argsort()],
+        "the joined up.bias": joined["up.bias"],
+    }
 
 
 def join_tolerance(case: dict) -> dict[str, float]:
-    """Only `up` is computed: the product with a weight rounds once, the sum of the biases once more, and theirs once.
-
-    The change itself is summed in double precision, over features in any order: a sum of n terms is off by n u of their sizes.
-    """
-    total = summed = 0.0
-    for weight, adapter in zip(case["weights"], (case["first"], case["second"])):
-        down, down_bias, up, up_bias = (
-            adapter[f"{part}.{kind}"].double() for part in ("down", "up") for kind in ("weight", "bias")
-        )
-        bent = F.gelu(case["h"].double() @ down.T + down_bias).abs()
-        sizes = case["h"].double().abs() @ down.abs().T + down_bias.abs()  # |gelu(z)| <= |z|, and its slope is below 1.2
-        total += abs(weight) * (bent @ up.abs().T + up_bias.abs()).max().item()
-        summed += abs(weight) * (1.2 * sizes @ up.abs().T + up_bias.abs()).max().item()
-    terms = case["h"].shape[-1] + sum(len(case[adapter]["down.bias"]) for adapter in ("first", "second"))
-    # Half precision: every entry of `up` is off by u at most, up or down; 2 u is the bound, and it is below one percent.
-    rounded = torch.finfo(case["first"]["up.bias"].dtype).eps * total
-    return {"the change that the joined adapter makes": rounded + terms * torch.finfo(torch.float64).eps * summed}
+    """Only `up` is computed: a product with a weight rounds once, the sum of the biases once more, and theirs once."""
+    adapters = (case["first"], case["second"])
+    eps = torch.finfo(adapters[0]["up.bias"].dtype).eps
+    largest = max(
+        abs(weight) * adapter[name].double().abs().max().item()
+        for weight, adapter in zip(case["weights"], adapters)
+        for name in ("up.weight", "up.bias")
+    )
+    return {
+        "the joined features, each with its down.weight, down.bias and up.weight": eps * largest,
+        "the joined up.bias": 4 * eps * largest,
+    }
 
 
 _ROWS = '[first["down.weight"], second["down.weight"]]'

@@ -1071,6 +1071,22 @@ for situation, job, expected in SCENARIOS:
 # than one would wish.
 
 
+# %%
+def quality_of(method: str) -> tuple[float | None, float]:
+    """Return the mean of the method's scores as shares of full fine-tuning's, and two standard errors; None if not known."""
+    if method == "full":
+        return 1.0, 0.0
+    differences, errors = [], []
+    for task in STANDARD:
+        rows, of_full = sets.get((task, method)), sets.get((task, "full"))
+        found = compare(rows, of_full, TEST_ROWS[task]) if rows and of_full else {"error": None}
+        if found["error"] is None:
+            return None, 0.0
+        differences.append(found["difference"] / table[task, "full"].score)
+        errors.append(2 * found["error"] / table[task, "full"].score)
+    return 1 + mean(differences), math.hypot(*errors) / len(errors)
+
+
 # %% tags=["experiment"]
 def options_for(name: str) -> list[Option]:
     """Return all methods with their measured figures for a model, 512 tokens, batch 1, in bf16."""
@@ -1078,19 +1094,12 @@ def options_for(name: str) -> list[Option]:
     for method in METHODS:
         step, (trained, whole) = simulated(name, method), trained_and_all(name, PREPARE[method])
         shared = {"full": 0, "qlora": step.parameters - 2 * trained}.get(method, 2 * whole)
-        found = {
-            task: compare(sets[task, method], sets[task, "full"], TEST_ROWS[task])
-            for task in STANDARD
-            if {(task, method), (task, "full")} <= sets.keys()
-        }
-        known = bool(found) and all(of["error"] is not None for of in found.values())
-        relative = [of["difference"] / table[task, "full"].score for task, of in found.items()] if known else []
-        errors = [2 * of["error"] / table[task, "full"].score for task, of in found.items()] if known else []
+        quality, spread = quality_of(method)
         added = token_ratio[method] - 1
         options.append(
             Option(
                 method, "embeddings" if method == "prompt_tuning" else "weights", step.peak, shared, 2 * trained,
-                1 + mean(relative) if known else None, 0.0 if method == "full" or not known else math.hypot(*errors) / len(errors),
+                quality, spread,
                 0.0 if method in plain_models or added <= latency_error else added,
                 method in ("full", "lora", "layer_freezing"),
             )
@@ -1098,6 +1107,7 @@ def options_for(name: str) -> list[Option]:
     return options
 
 
+# %% tags=["experiment"]
 def show_options(options: Sequence[Option]) -> None:
     """Print the figures of each option."""
     for option in options:
@@ -1120,7 +1130,7 @@ for situation, job, expected in SCENARIOS:
 # %% [markdown]
 # *What to see.* Nearly full quality for twenty tasks is refused: LoRA's mean is above full fine-tuning's, but less its spread it does
 # not promise 97%. "Best quality" gives QLoRA, because it is not clearly below LoRA and has the smallest peak. If its slow token matters, the job has to demand latency. And neither job nor option knows
-# **forgetting**: this program would hand out a model that has lost four nats a token. Here are the figures of LLaMA-13B, and a refusal with its reasons:
+# **forgetting**: this program could hand out a model that has lost four nats a token. Here are the figures of LLaMA-13B, and a refusal with its reasons:
 
 
 # %% tags=["experiment"]

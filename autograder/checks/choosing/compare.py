@@ -73,6 +73,9 @@ def compare_case(generator: torch.Generator, seeds: int = 3, few: int = 150, man
     small = pair("whose seeds agree, on few test rows", dicing.uniform(0.02, 0.022), 0.004, 0.01, few)
     loose = pair("whose seeds disagree, on many test rows", dicing.uniform(0.02, 0.022), 0.09, 0.01, many)
     behind = pair("of which the second is better", -dicing.uniform(0.12, 0.14), 0.005, 0.01, 10 * few)
+    between = pair("that are two and a half errors apart", dicing.uniform(0.05, 0.06), 1e-6, 0.01, few)
+    shares = [mean(score for rate, _, _, score in between[side] if rate == 0.001) for side in (1, 2)]
+    between[3] = round(sum(p * (1 - p) for p in shares) * (2.5 / (shares[0] - shares[1])) ** 2)
     more = pair("of which one has a seed more", dicing.uniform(0.05, 0.06), 0.004, 0.03, many)
     more[1].append([0.001, lonely[0], 0.3, 0.05])
     other = pair("that share all seeds but one", dicing.uniform(0.05, 0.06), 0.004, 0.03, many)
@@ -88,7 +91,7 @@ def compare_case(generator: torch.Generator, seeds: int = 3, few: int = 150, man
     next(run for run in diverged[2] if run[3] == 0.3)[2] = math.nan
     one = ["that share one seed", runs([0.9], shared[:1]), runs([0.5], shared[:1]), many]
     none = ["that share no seed", runs([0.9] * 2, shared[:2]), runs([0.5] * 2, lonely), many]
-    return {"pairs": [clear, close, alike, small, loose, behind, more, other, diverged, one, none]}
+    return {"pairs": [clear, close, alike, small, loose, behind, between, more, other, diverged, one, none]}
 
 
 def drive_compare(compare, pairs):
@@ -200,6 +203,10 @@ check_compare = Exercise(
         "one standard error is enough for a verdict: it takes two": {
             "difference > 2 * error": "difference > error",
             "difference < -2 * error": "difference < -error",
+        },
+        "three standard errors are asked for: two are enough": {
+            "difference > 2 * error": "difference > 3 * error",
+            "difference < -2 * error": "difference < -3 * error",
         },
         "the sign decides although the difference is within its error: then it cannot be told": {
             "difference > 2 * error": "difference > 0",

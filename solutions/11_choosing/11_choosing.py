@@ -736,7 +736,7 @@ print(f"for comparison: LLaMA-7B with LoRA peaks at {steps_7b['lora'].peak / 1e6
 # *Run these cells in any case: sections 8 and 9 use their figures. Reading them is optional.* They take one training step of the real
 # SmolLM2-135M with each method, in turn. What counts is the median over the turns of the *ratio* to full fine-tuning in the same turn. QLoRA's base is
 # bitsandbytes' here, because the layer of `peftlab.recipes` computes nothing. The second column is a forward
-# pass of a single token, as when text is generated, against the plain model's. Two minutes on two CPU cores.
+# pass of a single token, as when text is generated, against the plain model's. It takes two minutes.
 
 # %% tags=["experiment"]
 from peftlab import tasks
@@ -1067,8 +1067,7 @@ for situation, job, expected in SCENARIOS:
 # ### The same, on measured evidence
 #
 # Bytes are those of section 5, latency that of section 7 where it exceeds the error measured there. Quality is the mean over the tasks of a method's score as
-# a share of full fine-tuning's, and its spread is two of your `compare`'s errors. Bytes are LLaMA-7B's at rank 16, scores SmolLM2's: the best evidence that we have, and less
-# than one would wish.
+# a share of full fine-tuning's, and its spread is two of your `compare`'s errors. Bytes are LLaMA-7B's at rank 16, scores SmolLM2's.
 
 
 # %%
@@ -1130,7 +1129,8 @@ for situation, job, expected in SCENARIOS:
 # %% [markdown]
 # *What to see.* Nearly full quality for twenty tasks is refused: LoRA's mean is above full fine-tuning's, but less its spread it does
 # not promise 97%. "Best quality" gives QLoRA, because it is not clearly below LoRA and has the smallest peak. If its slow token matters, the job has to demand latency. And neither job nor option knows
-# **forgetting**: this program could hand out a model that has lost four nats a token. Here are the figures of LLaMA-13B, and a refusal with its reasons:
+# **forgetting**: this program could hand out a model that has lost four nats a token. Other answers differ because 7.1 GB
+# was rounded, or because the guide has no layer freezing. Here are LLaMA-13B's figures, and the answer to section 12's job:
 
 
 # %% tags=["experiment"]
@@ -1153,14 +1153,14 @@ def explain(job: Job, options: Sequence[Option]) -> None:
 
 measured_13b = options_for("LLaMA-7B" if settings.short() else "LLaMA-13B")
 show_options(measured_13b)
-explain(Job(24 * GB, wish="full"), measured_13b)
+explain(Job(USABLE * 24 * CARD_GB, tasks=12, latency=0.1), measured_13b)
 
 # %% [markdown]
 # ## 10. Eight situations  ·  2 points, about 10 minutes
 #
-# Without the program this time. Peaks are in section 5, shares and files in sections 2 and 4, quality in section 9. Which method would you take? One of `full`, `lora`, `qlora`, `adapters`, `prefix_tuning`,
+# Without the program this time. Peaks are in section 5, shares and files in sections 2 and 4, quality in section 9. Which method would you take? `full`, `lora`, `qlora`, `adapters`, `prefix_tuning`,
 # `prompt_tuning`, `bitfit`,
-# `layer_freezing`, or `none`. (In one of them, three answers are right.)
+# `layer_freezing`, or `none`. In one of them three answers are right.
 #
 # - **A** LLaMA-13B, whose weights are 26 GB in 16 bits, on one card of 24 GB.
 # - **B** Forty customers, each with a task of their own, come in turn and are served from one copy of LLaMA-7B. 72 GB of a card can be used. The mean quality is at least 97% of
@@ -1240,7 +1240,7 @@ check_heaviest_batch(heaviest_batch)
 #
 # Write the memo that decides it, in about 200 words: what is wrong with either proposal; what you recommend, and on what grounds; what you would measure
 # before you sign; and what would change your mind. Use at least three numbers that a cell of this notebook printed, and say for each
-# how sure it is. LLaMA-13B's figures are at the end of section 9. Its latency was measured on this computer, not on their card.
+# how sure it is. LLaMA-13B's figures, and what the program says, are at the end of section 9. Its latency was measured on this computer, not on their card.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "memo", "locked": false, "points": 3, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION

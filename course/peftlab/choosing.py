@@ -21,7 +21,7 @@ class Option:
         base_bytes: weights that all tasks share when they are served.
         task_bytes: what is kept for each task.
         quality: score as a share of full fine-tuning's; None where it has not been measured.
-        spread: between seeds, in the same unit.
+        spread: two standard errors of the quality, in the same unit.
         latency: added to a forward pass, as a share, if what was learned is not merged.
         mergeable: whether it can be merged into the weights, for one task.
     """
@@ -82,12 +82,10 @@ class Refusal:
 
     Attributes:
         rejected: for every option the first rule that it breaks.
-        nearest: what to take if less is asked; None if nothing at all is possible.
-        given_up: the demands that have to go for that, in the order in which they went.
-        gpu_bytes: the memory that it takes, if that is what has to change.
+        nearest: what to take if these are given up; None if nothing is possible even then.
+        given_up: the demands that were taken back, in the order in which they went.
     """
 
     rejected: Mapping[str, Reason]
     nearest: str | None
     given_up: tuple[str, ...] = ()
-    gpu_bytes: float | None = None

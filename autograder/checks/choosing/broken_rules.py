@@ -25,7 +25,7 @@ def broken_rules(option: Option, job: Job) -> list[Reason]:
     added = 0.0 if option.mergeable and job.tasks == 1 else option.latency
     if added > job.latency:
         broken.append(Reason("latency", added, job.latency))
-    if job.quality > 0 and (option.quality is None or option.quality + option.spread < job.quality):
+    if job.quality > 0 and (option.quality is None or option.quality - option.spread < job.quality):
         broken.append(Reason("quality", option.quality, job.quality))
     return broken
 
@@ -33,6 +33,7 @@ def broken_rules(option: Option, job: Job) -> list[Reason]:
 def rules_case(generator: torch.Generator, unit: int = 10**9) -> dict:
     """Return pairs of an option and a job around every border. Shares are sixty-fourths, so that sums of them are exact."""
     dicing = dice(generator)
+    hair = 1 / 2**14  # no difference at all, for who rounds
     base, file, gpu = dicing.randrange(20, 30) * unit, dicing.randrange(1, 4) * unit, dicing.randrange(60, 90) * unit
     spread, target, added = (dicing.randrange(*ends) / 64 for ends in ((1, 4), (50, 60), (4, 12)))
     option = {
@@ -71,10 +72,13 @@ def rules_case(generator: torch.Generator, unit: int = 10**9) -> dict:
         "where two tasks cannot both be merged": ({}, {"latency": 0.0, "tasks": 2}),
         "where nothing can be merged": ({"mergeable": False}, {"latency": added / 2}),
         "where as much is added as is allowed": ({"mergeable": False}, {"latency": added}),
-        "where the spread reaches the target": ({"quality": target - spread}, {"quality": target}),
-        "where the spread does not reach the target": ({"quality": target - spread - 1 / 64}, {"quality": target}),
-        "where the target is just reached": ({"quality": target}, {"quality": target}),
-        "where the target is passed": ({"quality": target + 1 / 64}, {"quality": target}),
+        "where a little more is added than is allowed": ({"mergeable": False}, {"latency": added - hair}),
+        "where the target is just met, less the spread": ({"quality": target + spread}, {"quality": target}),
+        "where the target is missed by little, less the spread": ({"quality": target + spread - hair}, {"quality": target}),
+        "where the target is met but for the spread": ({"quality": target}, {"quality": target}),
+        "where only the spread could reach the target": ({"quality": target - spread}, {"quality": target}),
+        "where the target is far away": ({"quality": target - 2 * spread}, {"quality": target}),
+        "where a quality without spread just meets the target": ({"quality": target, "spread": 0.0}, {"quality": target}),
         "where the quality is not known and something is demanded": ({"quality": None}, {"quality": target}),
         "where the quality is not known and nothing is demanded": ({"quality": None}, {}),
         "where LoRA is wished for": ({}, {"wish": "lora"}),
@@ -146,15 +150,24 @@ check_broken_rules = Exercise(
             _ADDED: "0.0 if job.tasks == 1 else option.latency"
         },
         "as much latency as is allowed is refused": {"if added > job.latency:": "if added >= job.latency and added > 0:"},
-        "the spread is not looked at: what a third seed could reach is not clearly below the target": {
-            "option.quality + option.spread < job.quality": "option.quality < job.quality"
+        "the spread is not looked at: a demand has to be met less the spread": {
+            "option.quality - option.spread < job.quality": "option.quality < job.quality"
         },
-        "the spread is held against the method: it is out if it is clearly below the target": {
-            "option.quality + option.spread < job.quality": "option.quality - option.spread < job.quality"
+        "the spread counts for the method: a noisier one would meet a higher demand": {
+            "option.quality - option.spread < job.quality": "option.quality + option.spread < job.quality"
+        },
+        "what meets the demand exactly is refused": {
+            "option.quality - option.spread < job.quality": "option.quality - option.spread <= job.quality"
+        },
+        "a demand that is missed by little counts as met: compare without rounding": {
+            "option.quality - option.spread < job.quality": "option.quality - option.spread < job.quality - 0.001"
+        },
+        "a latency that is a little too large is let through: compare without rounding": {
+            "if added > job.latency:": "if added > job.latency + 0.001:"
         },
         "an unmeasured quality passes a demand: what has not been measured cannot be promised": {
-            "if job.quality > 0 and (option.quality is None or option.quality + option.spread < job.quality):": (
-                "if option.quality is not None and option.quality + option.spread < job.quality:"
+            "if job.quality > 0 and (option.quality is None or option.quality - option.spread < job.quality):": (
+                "if option.quality is not None and option.quality - option.spread < job.quality:"
             ),
         },
         "an unmeasured quality is refused though nothing is demanded": {
@@ -174,7 +187,7 @@ check_broken_rules = Exercise(
                 serving = option.base_bytes + option.task_bytes * job.tasks
                 added = option.latency * (not (option.mergeable and job.tasks == 1))
                 own = job.access == "weights"
-                short = option.quality is None or option.quality + option.spread < job.quality
+                short = option.quality is None or option.quality - option.spread < job.quality
                 table = [
                     (job.wish not in (None, option.method), "wish", option.method, job.wish),
                     (ACCESS.index(job.access) < ACCESS.index(option.access), "access", option.access, job.access),
@@ -202,7 +215,7 @@ check_broken_rules = Exercise(
                                 yield Reason(rule, size, job.gpu_bytes)
                     if not (option.mergeable and job.tasks == 1) and option.latency > job.latency:
                         yield Reason("latency", option.latency, job.latency)
-                    if job.quality and (option.quality is None or job.quality - option.quality > option.spread):
+                    if job.quality and (option.quality is None or option.quality < job.quality + option.spread):
                         yield Reason("quality", option.quality, job.quality)
                 return list(rules())
         """,

@@ -20,6 +20,9 @@ def choose_for() -> dict[str, str]:
     }
 
 
+_CHOICES = ["full", "lora", "qlora", "adapters", "prefix_tuning", "prompt_tuning", "bitfit", "layer_freezing", "none"]
+
+
 def drive_choices(choose_for, letters):
     """Return the choices for some of the letters."""
     choices = choose_for()
@@ -32,28 +35,33 @@ _AS_GOOD_IN_B = ("adapters", "qlora")
 
 
 def read_choices(observation: Observation, case: dict) -> Observation:
-    """In B, adapters and QLoRA are as good a choice as LoRA."""
+    """Put first which letters have no word of the nine: a message on those says nothing of what is right.
+
+    In B, adapters and QLoRA are as good a choice as LoRA.
+    """
     read = dict(observation)
-    if read.get("the choice for B") in _AS_GOOD_IN_B:
+    chosen = {letter: read.get(f"the choice for {letter}") for letter in case["letters"]}
+    if chosen.get("B") in _AS_GOOD_IN_B:
         read["the choice for B"] = "lora"
-    return read
-
-
-_CHOICES = ["full", "lora", "qlora", "adapters", "prefix_tuning", "prompt_tuning", "bitfit", "layer_freezing", "none"]
+    without = [letter for letter, word in chosen.items() if word not in _CHOICES]
+    return {"the list of letters that have none of the nine words": without} | read
 
 
 def other_choices(named: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """Return every wrong choice that has no sentence of its own: the message must not say what the right one is."""
     explained = {edit for edits in named.values() for edit in edits.values()}
     explained |= {f'"B": "{choice}"' for choice in _AS_GOOD_IN_B}
-    return {
-        f"{letter}: {choice} does not do what is asked: compare its figures, and what it must reach, with the situation": {
-            f'"{letter}": "{right}"': f'"{letter}": "{choice}"'
-        }
-        for letter, right in choose_for().items()
-        for choice in _CHOICES
-        if choice != right and f'"{letter}": "{choice}"' not in explained
-    }
+    sentences = {}
+    for letter, right in choose_for().items():
+        for choice in _CHOICES:
+            said = (
+                f"{letter}: {choice} does not do what is asked: compare its figures, and what it must reach, with the situation"
+            )
+            if choice == "none":
+                said = f"{letter}: there is a method that does what is asked: look for it once more"
+            if choice != right and f'"{letter}": "{choice}"' not in explained:
+                sentences[said] = {f'"{letter}": "{right}"': f'"{letter}": "{choice}"'}
+    return sentences
 
 
 _EXPLAINED = {
@@ -66,11 +74,15 @@ _EXPLAINED = {
     "B: forty times the last four layers, 1.6 GB each, and the base beside them are more than 72 GB": {
         '"B": "lora"': '"B": "layer_freezing"'
     },
-    "B: a soft prompt serves forty customers well, but its quality is not near full fine-tuning's": {
+    "B: a soft prompt serves forty customers well, but stays below 97 percent of full fine-tuning's score": {
         '"B": "lora"': '"B": "prompt_tuning"'
     },
+    "B: prefix tuning stays below 97 percent of full fine-tuning's score in our rows": {'"B": "lora"': '"B": "prefix_tuning"'},
+    "B: BitFit stays below 97 percent of full fine-tuning's score in our rows": {'"B": "lora"': '"B": "bitfit"'},
     "C: adapters have a nonlinearity and cannot be merged: they stay in every forward pass": {'"C": "lora"': '"C": "adapters"'},
-    "C: QLoRA's base is in 4 bits: merging into it changes the outputs, and here LoRA fits": {'"C": "lora"': '"C": "qlora"'},
+    "C: QLoRA's factors were trained beside 4-bit weights: merged into the original ones they give other outputs": {
+        '"C": "lora"': '"C": "qlora"'
+    },
     "C: full fine-tuning adds nothing at inference, but does not fit into 18 GB": {'"C": "lora"': '"C": "full"'},
     "C: the last four layers with their gradients and moments need more than LoRA does, and more than the 18 GB": {
         '"C": "lora"': '"C": "layer_freezing"'
@@ -88,6 +100,9 @@ _EXPLAINED = {
     "F: LoRA learns less: where there are billions of new tokens to learn and memory for it, train everything": {
         '"F": "full"': '"F": "lora"'
     },
+    "F: in our rows four layers stay below full fine-tuning, and here all of the model fits": {
+        '"F": "full"': '"F": "layer_freezing"'
+    },
     "G: a LoRA of rank 8 on LLaMA-7B is a file of tens of megabytes; 200 kB were allowed": {
         '"G": "prompt_tuning"': '"G": "lora"'
     },
@@ -99,6 +114,9 @@ _EXPLAINED = {
     },
     "H: LoRA in every layer sends the gradient through all of them, so that all keep their activations": {
         '"H": "layer_freezing"': '"H": "lora"'
+    },
+    "H: BitFit has a bias in every layer, so that the gradient passes all of them, and most keep something": {
+        '"H": "layer_freezing"': '"H": "bitfit"'
     },
     "H: QLoRA makes the weights smaller; activations, which fill the memory here, stay as they are": {
         '"H": "layer_freezing"': '"H": "qlora"'

@@ -26,15 +26,18 @@ def lengths_case(generator: torch.Generator, kind: str = "a long row") -> dict:
 
     - with "a long row", one has a single long one, and the last, of one row, the longest of all;
     - with "a long row at the end", the last one, one row short of a full batch, has a row that makes it the heaviest;
-    - with "middling rows", none has anything longer.
+    - with "middling rows", none has anything longer;
+    - with "equals", the last one has half as many rows as the heaviest, each twice as long as its longest.
     """
     dicing = dice(generator)
-    size = dicing.randrange(5, 9)
+    size = dicing.choice([6, 8]) if kind == "equals" else dicing.randrange(5, 9)
     batches = [[dicing.randrange(20, 60) for _ in range(size)] for _ in range(6)]
     batches[0][0] = 65  # so that the first batch is not the lightest
     batches[2] = dicing.sample(range(90, 110), size)
     last = [dicing.randrange(40, 60)]
-    if kind != "middling rows":
+    if kind == "equals":
+        last = [2 * max(batches[2])] * (size // 2)
+    elif kind != "middling rows":
         batches[4][dicing.randrange(size)] = dicing.randrange(190, 210)
         last = [dicing.randrange(300, 320)]
     if kind == "a long row at the end":
@@ -59,7 +62,7 @@ _LOOP = "for start in range(0, len(lengths), batch_size):"
 check_heaviest_batch = Exercise(
     spec=[heaviest_batch],
     cases=lambda generator: [
-        lengths_case(generator, kind) for kind in ("a long row", "a long row at the end", "middling rows")
+        lengths_case(generator, kind) for kind in ("a long row", "a long row at the end", "middling rows", "equals")
     ],
     driver=drive_heaviest,
     mistakes={
@@ -81,6 +84,9 @@ check_heaviest_batch = Exercise(
             "most = (0, 0)": "most = (0, 0)\n    lengths = sorted(lengths)"
         },
         "the given list was sorted in place": {"most = (0, 0)": "most = (0, 0)\n    lengths.sort()"},
+        "of two batches with as many tokens the last one, of longer rows, is taken: take the first": {
+            "rows * longest > most[0]": "rows * longest >= most[0]"
+        },
         "rows and length have changed places": {"    return most": "    return most[::-1]"},
         "the lightest batch is returned": {"most = (0, 0)": "most = (10**4, 10**4)", "* longest > most": "* longest < most"},
         "the shortest row of a batch is taken for its length": {"max(batch)": "min(batch)"},
@@ -93,6 +99,9 @@ check_heaviest_batch = Exercise(
                 heaviest = max(batches, key=lambda batch: len(batch) * max(batch))
                 return len(heaviest), max(heaviest)
         """,
+        "with fewer tokens, then with fewer rows, it is not the heaviest": {
+            "if rows * longest > most[0] * most[1]:": "if (rows * longest, rows) > (most[0] * most[1], most[0]):"
+        },
         "row by row": """
             def heaviest_batch(lengths, batch_size):
                 sizes, rows, longest = [], 0, 0

@@ -38,6 +38,12 @@ def batch_case(generator: torch.Generator, limit: int = 200) -> dict:
             ["where one byte is missing", [[fixed, each]], exactly - 1, limit],
             ["where the first batches have the same peak", [[flat, 0], [fixed, each]], exactly + each // 2, limit],
             ["where it grows faster later on", [[fixed, each], [fixed - 20 * each, 3 * each]], exactly, limit],
+            [
+                "where the peak is flat for long, and then steep",
+                [[50 * flat, 0], [-8 * limit * flat, 30 * flat]],
+                51 * flat,
+                limit,
+            ],
             ["where one sequence is too long", [[fixed, each]], fixed + each - 1, limit],
             ["where only one sequence fits", [[fixed, each]], fixed + each, limit],
             ["where more than the limit would fit", [[fixed, each]], fixed + 3 * each * limit, limit],
@@ -93,6 +99,20 @@ check_largest_batch = Exercise(
             "return min(limit, int((usable - first) // each) + 1)\n    while too_large - fits > 1:",
             "while too_large <= limit and peak(too_large) <= usable:": "while False:",
         },
+        "the search goes by a line between two peaks, and then one by one: where the line is bent that takes too many measurements": """
+            def largest_batch(peak, usable, limit):
+                first, last = peak(1), peak(limit)
+                if first > usable:
+                    return 0
+                if last <= usable:
+                    return limit
+                guess = 1 + int((usable - first) / max(last - first, 1) * (limit - 1))
+                while guess > 1 and peak(guess) > usable:
+                    guess -= 1
+                while guess + 1 < limit and peak(guess + 1) <= usable:
+                    guess += 1
+                return guess
+        """,
         "the batch is what is usable, divided by the peak of one sequence: weights are there only once": {
             _SEARCH: "return min(limit, int(usable // peak(1)))\n    while too_large - fits > 1:",
             "while too_large <= limit and peak(too_large) <= usable:": "while False:",

@@ -67,6 +67,16 @@ def drive_pareto(pareto_front, names, points, costs_only):
             "c": (3.0, 0.875, 0.125),
             "d, not clearly below c": (3.0, 0.75, 0.125),
         },
+        "points of which a noisier one costs the same as the last on the front": {
+            "a": (1.0, 0.875, 0.125),
+            "b, not clearly below a": (1.0, 0.8125, 0.015625),
+            "c, clearly above b, not above a": (2.0, 0.9375, 0.015625),
+        },
+        "points of which a noisier one costs as much and is the last on the front": {
+            "e": (1.0, 0.875, 0.015625),
+            "f, not clearly below e": (1.0, 0.8125, 0.0625),
+            "g, clearly below e, not below f": (1.0, 0.78125, 0.015625),
+        },
         "a single point": {"lora": (3.0, 0.5, 0.1)},
         "no points": {},
         "points without scores": {name: (cost, float("nan"), 0.1) for name, cost in zip(names, costs_only)},
@@ -77,7 +87,9 @@ def drive_pareto(pareto_front, names, points, costs_only):
         if not isinstance(front, list | tuple | set | dict):
             return {"what pareto_front returns": type(front).__name__}
         seen[f"the front of {label}"] = sorted(str(name) for name in front)
-    return seen
+    numbered = pareto_front({3: (1.0, 0.5, 0.0), 2: (2.0, 0.25, 0.0), 1: (3.0, 0.75, 0.0)})
+    texts = any(isinstance(name, str) for name in numbered)
+    return seen | {"names that are numbers come back as text": texts, "the front of numbers": sorted(map(str, numbered))}
 
 
 _CLEARLY = "clearly = max(noise, other_noise)"
@@ -120,8 +132,17 @@ check_pareto_front = Exercise(
         "the cheapest point is missing: nothing that costs less beats it": {
             "return [point[0] for point in front]": "return [point[0] for point in front[1:]] or [point[0] for point in front]"
         },
-        "a point has to be beaten on both axes at once, strictly: to cost more and bring no more is to be beaten": {
+        "a point stays that costs more than one on the front and brings no more, because it is not clearly worse": {
             "and score - other_score <= clearly": "and score < other_score",
+        },
+        "the names come back as text: return them as they are, for they may be numbers": {
+            "return [point[0] for point in front]": "return [str(point[0]) for point in front]"
+        },
+        "only the last point on the front is asked: any of them may beat another": {
+            "for _, other_cost, other_score, other_noise in front:": "for _, other_cost, other_score, other_noise in front[-1:]:"
+        },
+        "of those that cost as much only the last on the front is asked: any of them may be clearly better": {
+            "if other_cost == cost and": "if other_cost == cost and other_score == front[-1][2] and"
         },
     },
     variants={

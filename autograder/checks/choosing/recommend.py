@@ -46,14 +46,7 @@ def recommend(
         chosen = choice(relaxed)
         if chosen is not None:
             return Refusal(rejected, chosen.method, tuple(given_up))
-    sizes = {}
-    for option in options:
-        if ACCESS.index(option.access) <= ACCESS.index(job.access):
-            sizes[option.method] = max(option.peak_bytes, option.base_bytes + job.tasks * option.task_bytes)
-    if not sizes:
-        return Refusal(rejected, None)
-    nearest = min(sizes, key=sizes.get)
-    return Refusal(rejected, nearest, (*given_up, "memory"), sizes[nearest])
+    return Refusal(rejected, None, tuple(given_up))
 
 
 def evidence_case(generator: torch.Generator, measured: bool = True, unit: int = 10**9) -> dict:
@@ -77,7 +70,7 @@ def evidence_case(generator: torch.Generator, measured: bool = True, unit: int =
         ("qlora", "weights", gigabytes(7), small, gigabytes(0.08), 61 / 64 if measured else None, 1 / 64, 0.4, False),
         ("adapters", "weights", gigabytes(16.5), base, gigabytes(0.03), 62 / 64, 1 / 64, 0.2, False),
         ("prefix_tuning", "weights", tie, base, gigabytes(0.008), 57 / 64 if measured else None, 3 / 64, 0.05, False),
-        ("prompt_tuning", "embeddings", gigabytes(15.8), base, unit // 8000, 54 / 64, 1 / 64, 0.06, False),
+        ("prompt_tuning", ACCESS[1], gigabytes(15.8), base, unit // 8000, 54 / 64, 1 / 64, 0.06, False),
         ("bitfit", "weights", tie, base, gigabytes(0.003), 58 / 64, 1 / 64, 0.03, False),
     ]
     options = [dict(zip(names, row)) for row in rows]
@@ -126,7 +119,7 @@ def evidence_case(generator: torch.Generator, measured: bool = True, unit: int =
 
 
 def drive_recommend(recommend, options, jobs):
-    """Ask for every job; the rules are the driver's own."""
+    """Ask for every job; the rules are the driver's own. Then ask with rules that no notebook has, and for no options."""
     from peftlab.choosing import ACCESS, Job, Option, Reason
 
     def rules(option, job):
@@ -142,14 +135,21 @@ def drive_recommend(recommend, options, jobs):
             broken.append(Reason("serving memory", serving, job.gpu_bytes))
         if added > job.latency:
             broken.append(Reason("latency", added, job.latency))
-        if job.quality > 0 and (option.quality is None or option.quality + option.spread < job.quality):
+        if job.quality > 0 and (option.quality is None or option.quality - option.spread < job.quality):
             broken.append(Reason("quality", option.quality, job.quality))
         return broken
 
+    def licences(option, job):
+        late = Reason("access", option.access, job.access)
+        return [Reason("licence", option.method, "free"), late] if option.method[0] in "qlf" else []
+
     built = [Option(**option) for option in options]
+    given = list(built)
+    asked = [(label, job, given, rules) for label, job in jobs]
+    asked += [("with other rules", {"gpu_bytes": 0}, given, licences), ("without options", {"gpu_bytes": 0}, [], rules)]
     seen = {}
-    for label, job in jobs:
-        answer = recommend(Job(**job), list(built), rules)
+    for label, job, of, by in asked:
+        answer = recommend(Job(**job), of, by)
         kind = type(answer).__name__
         seen[f"what is returned {label}"] = kind
         if kind not in ("Recommendation", "Refusal"):
@@ -159,8 +159,8 @@ def drive_recommend(recommend, options, jobs):
         else:
             seen[f"the nearest method {label}"] = answer.nearest
             seen[f"the demands given up {label}"] = list(answer.given_up)
-            seen[f"the memory it takes {label}"] = answer.gpu_bytes
         seen[f"why options are out {label}"] = {name: list(reason) for name, reason in sorted(answer.rejected.items())}
+        seen["the options are in another order afterwards"] = [o.method for o in given] != [o.method for o in built]
     return seen
 
 
@@ -171,7 +171,7 @@ check_recommend = Exercise(
     cases=lambda generator: [evidence_case(generator), evidence_case(generator, measured=False)],
     driver=drive_recommend,
     mistakes={
-        "the highest score wins even where another is not clearly below it and costs less": {
+        "the highest score is taken although another is not clearly below it and has a smaller peak": {
             _AS_GOOD: "option is best",
         },
         "the spread of the best alone decides what is clearly below it: take the larger of the two spreads": {
@@ -207,9 +207,8 @@ check_recommend = Exercise(
                 "return min(reversed(fitting), key=lambda option: option.peak_bytes)"
             )
         },
-        "a refusal names nothing that would be possible": {
-            "return Refusal(rejected, chosen.method, tuple(given_up))": "return Refusal(rejected, None)",
-            'return Refusal(rejected, nearest, (*given_up, "memory"), sizes[nearest])': "return Refusal(rejected, None)",
+        "a refusal does not name what would be possible with less demanded": {
+            "return Refusal(rejected, chosen.method, tuple(given_up))": "return Refusal(rejected, None, tuple(given_up))",
         },
         "demands are given up in another order: first the wish, then latency, then quality": {
             '(("wish", None), ("latency", math.inf), ("quality", 0.0))': '(("quality", 0.0), ("latency", math.inf), ("wish", None))'
@@ -233,18 +232,56 @@ check_recommend = Exercise(
                 "chosen.method, tuple(given_up))"
             )
         },
-        "serving is forgotten in the memory that it takes: what is trained has to be served, too": {
-            "max(option.peak_bytes, option.base_bytes + job.tasks * option.task_bytes)": "option.peak_bytes"
-        },
-        "where nothing fits, the best method is named: name the one that takes the least memory": {
-            "nearest = min(sizes, key=sizes.get)": (
-                "nearest = max((o for o in options if o.method in sizes), key=lambda o: o.quality or 0.0).method"
+        "where nothing is possible at all a method is named: then `nearest` is None": {
+            "return Refusal(rejected, None, tuple(given_up))": (
+                "return Refusal(rejected, min(options, key=lambda option: option.peak_bytes).method if options else None, tuple(given_up))"
             )
         },
-        "a method is named that the API does not admit": {
-            "        if ACCESS.index(option.access) <= ACCESS.index(job.access):\n    ": "        if True:\n    "
+        "where nothing is possible at all `given_up` is empty: it holds what was taken back in vain": {
+            "return Refusal(rejected, None, tuple(given_up))": "return Refusal(rejected, None)"
         },
-        'what is given up lacks "memory", where more of it is the only way': {'(*given_up, "memory")': "tuple(given_up)"},
+        "the rules are those of the notebook: ask the function that is given, everywhere": """
+            def recommend(job, options, broken_rules):
+                def of_notebook(option, job):
+                    broken, serving = [], option.base_bytes + job.tasks * option.task_bytes
+                    added = option.latency if job.tasks > 1 or not option.mergeable else 0.0
+                    here, quality = job.access == "weights", option.quality
+                    too_poor = quality is None or quality - option.spread < job.quality
+                    checked = [
+                        (job.wish not in (None, option.method), Reason("wish", option.method, job.wish)),
+                        (ACCESS.index(option.access) > ACCESS.index(job.access), Reason("access", option.access, job.access)),
+                        (here and option.peak_bytes > job.gpu_bytes, Reason("training memory", option.peak_bytes, job.gpu_bytes)),
+                        (here and serving > job.gpu_bytes, Reason("serving memory", serving, job.gpu_bytes)),
+                        (added > job.latency, Reason("latency", added, job.latency)),
+                        (job.quality > 0 and too_poor, Reason("quality", quality, job.quality)),
+                    ]
+                    return [reason for broken, reason in checked if broken]
+
+                rejected = {o.method: broken_rules(o, job)[0] for o in options if broken_rules(o, job)}
+                demands, given_up = job, ()
+                for step in ({}, {"wish": None}, {"latency": math.inf}, {"quality": 0.0}):
+                    for name, nothing in step.items():
+                        if getattr(job, name) != nothing:
+                            demands, given_up = replace(demands, **step), (*given_up, name)
+                    fitting = [o for o in options if not of_notebook(o, demands)]
+                    known = [o for o in fitting if o.quality is not None]
+                    if job.prefer == "quality" and known:
+                        top = max(known, key=lambda o: o.quality)
+                        fitting = [o for o in known if top.quality - o.quality <= max(top.spread, o.spread)]
+                    if fitting:
+                        best = min(fitting, key=lambda o: o.task_bytes if job.prefer == "file" else o.peak_bytes)
+                        return Refusal(rejected, best.method, given_up) if given_up else Recommendation(best.method, rejected)
+                return Refusal(rejected, None, given_up)
+        """,
+        "the options that were given are in another order afterwards: `sorted` makes a list of its own": {
+            "    rejected = {}\n": "    options.sort(key=lambda option: option.peak_bytes)\n    rejected = {}\n"
+        },
+        "the reasons are put into an order of one's own: the first that the rules give counts": {
+            "rejected[option.method] = reasons[0]": ("rejected[option.method] = min(reasons, key=lambda reason: reason.rule)")
+        },
+        "without any option there is an error: nothing is possible then, and `nearest` is None": {
+            "    rejected = {}\n": '    if not options:\n        raise ValueError("no options")\n    rejected = {}\n'
+        },
         "a refusal is returned where something is possible, or the other way round": {
             "return Recommendation(chosen.method, rejected)": "return Refusal(rejected, chosen.method)"
         },
@@ -276,12 +313,7 @@ check_recommend = Exercise(
                         return Recommendation(best_of(found).method, rejected)
                     if found:
                         return Refusal(rejected, best_of(found).method, gone)
-                within = [o for o in options if ACCESS.index(o.access) <= ACCESS.index(job.access)]
-                if not within:
-                    return Refusal(rejected=rejected, nearest=None)
-                needs = [(max(o.peak_bytes, o.base_bytes + o.task_bytes * job.tasks), o.method) for o in within]
-                size, method = min(needs)
-                return Refusal(rejected, method, gone + ("memory",), size)
+                return Refusal(rejected=rejected, nearest=None, given_up=gone)
         """,
         "recursively": """
             def recommend(job, options, broken_rules):
@@ -306,19 +338,13 @@ check_recommend = Exercise(
                         again = recommend(replace(job, **{name: nothing}), options, broken_rules)
                         if isinstance(again, Recommendation):
                             return Refusal(rejected, again.method, (name,))
-                        return Refusal(rejected, again.nearest, (name, *again.given_up) if again.nearest else (), again.gpu_bytes)
-                within = ACCESS[: ACCESS.index(job.access) + 1]
-                sizes = {
-                    o.method: max(o.peak_bytes, o.base_bytes + job.tasks * o.task_bytes) for o in options if o.access in within
-                }
-                if not sizes:
-                    return Refusal(rejected, None, (), None)
-                return Refusal(rejected, min(sizes, key=sizes.get), ("memory",), min(sizes.values()))
+                        return Refusal(rejected, again.nearest, (name, *again.given_up))
+                return Refusal(rejected, None)
         """,
         "lists, and the peak by sorting": {
             "return min(fitting, key=lambda option: option.peak_bytes)": "return sorted(fitting, key=lambda o: o.peak_bytes)[0]",
-            "tuple(given_up))": "list(given_up))",
-            '(*given_up, "memory")': 'given_up + ["memory"]',
+            "chosen.method, tuple(given_up))": "chosen.method, list(given_up))",
+            "None, tuple(given_up))": "None, given_up)",
         },
     },
 )

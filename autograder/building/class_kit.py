@@ -42,8 +42,8 @@ Notebooks, the lab bench `peftlab`, and a check for every exercise. You need Pyt
 
 On Windows write `.venv\\Scripts\\` instead of `.venv/bin/`. Begin with `course/00_start_here`.
 
-Each exercise is a cell that raises `NotImplementedError`. Write your answer there, run the cell, then the check below it, as often
-as you like. Hand in the notebook as it is; it does not have to be run from top to bottom.
+Each exercise is a cell that raises `NotImplementedError`. Write your answer there, run the cell, then the check below it, as
+often as you like. Hand in the notebook as it is; it does not have to be run from top to bottom.
 """
 
 

@@ -3,7 +3,7 @@
 
 def adapter_class():
     """Return an `Adapter` class of our own: a mistake in the student's must not show where adapters are put into a model."""
-    import torch.nn.functional as F
+    import torch
     from torch import nn
 
     class Bottleneck(nn.Module):
@@ -14,7 +14,7 @@ def adapter_class():
             nn.init.zeros_(self.up.bias)
 
         def forward(self, h):
-            return h + self.up(F.gelu(self.down(h)))
+            return h * (1 + self.up(torch.tanh(self.down(h))))  # not what the student builds: the adapter does not matter here
 
     return Bottleneck
 

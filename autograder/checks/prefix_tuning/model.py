@@ -74,7 +74,7 @@ def drive_model(PrefixModel, weights, keys, values, input_ids, padding, heads):
     import torch
     from torch import nn
 
-    from peftlab.llama import LlamaConfig, LlamaModel, rotate
+    from peftlab.llama import LlamaConfig, LlamaModel
     from peftlab.memory import tensors_of_step
 
     made = []
@@ -86,18 +86,9 @@ def drive_model(PrefixModel, weights, keys, values, input_ids, padding, heads):
             made.append(self)
 
         def forward(self, x, cos, sin, mask):
-            q, k, v = (
-                projection(x).unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
-                for projection in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
-            )
-            own_keys, own_values = (part.expand(len(x), -1, -1, -1) for part in self.prefix(self.layer))
-            k, v = torch.cat([own_keys, rotate(k, cos, sin)], 2), torch.cat([own_values, v], 2)
-            k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
-            text = mask if mask is not None else x.new_ones(x.shape[1], x.shape[1]).tril().bool()[None, None]
-            allowed = torch.cat([text.new_ones(*text.shape[:3], own_keys.shape[2]), text], 3)
-            scores = rotate(q, cos, sin) @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-            mixed = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
-            return self.attention.o_proj(mixed.transpose(1, 2).flatten(2))
+            own = sum(part.mean() for part in self.prefix(self.layer))  # not what the student builds: it only has to be used
+            place = (cos + sin).mean(-1).reshape(-1, x.shape[1], 1)  # positions of its own for each row, or the same for all
+            return self.attention(x, cos, sin, mask) * (1 + own * place)
 
     layers, kv_heads, _, head_dim = keys.shape
     sizes = (17, heads * head_dim, 2 * heads * head_dim, layers, heads, kv_heads)

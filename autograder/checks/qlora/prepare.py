@@ -51,7 +51,7 @@ def drive_prepare(prepare_for_training, weights, tied, dtype, input_ids, large=F
             self.magnitude = nn.Parameter(linear.weight.detach()[0, :1].clone())
 
         def forward(self, x):
-            update = x @ self.lora_A.to(x.dtype).T @ self.lora_B.to(x.dtype).T
+            update = (x @ self.lora_A.T.to(x.dtype)) @ self.lora_B.T.to(x.dtype)
             return self.base(x) + self.scale * self.magnitude.to(x.dtype) * update
 
     config = dataclasses.replace(LlamaConfig(40, 16, 24, 1, 2, 1), tie_word_embeddings=tied)

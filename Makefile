@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback prove try fuzz sandbox browser format clean
+.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback class prove try fuzz sandbox browser format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ site: $(READY) ## run the masters and render the course as HTML in site/ (PEFTLA
 
 grade: $(READY) sandbox ## grade the submissions of UNIT, or of all units, and write report/
 	$(BIN)/python -m autograder.grading.grade $(UNIT) $(OPTIONS)
+
+class: $(READY) ## make what a class is given, in class/ and class.zip: notebooks, peftlab, checks, and no answer (UNIT=08_lora for one)
+	$(BIN)/python -m autograder.building.class_kit $(UNIT)
 
 feedback: $(READY) ## write the feedback for UNIT, with what people have marked by hand
 	$(BIN)/nbgrader generate_feedback $(UNIT) --force

@@ -167,7 +167,7 @@ check_load_as_saved = Exercise(
                 of = {n: p for theirs, ours in pairs for n, p in zip(theirs["params"], ours["params"])}
                 for number, state in saved["state"].items():
                     optimizer.state[of[number]] = {
-                        name: value.clone().to(of[number].device) if isinstance(value, Tensor) else value
+                        name: value.clone().to(of[number].device) if torch.is_tensor(value) else value
                         for name, value in state.items()
                     }
         """,

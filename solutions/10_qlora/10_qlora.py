@@ -1290,6 +1290,7 @@ def small_model_in_16_bits() -> Llama:
     return model
 
 
+# %%
 def bytes_after(prepare: Callable[[nn.Module], None]) -> str:
     """Return the bytes of the small model's weights, and of what forward keeps of 64 tokens, after it has been prepared."""
     model, ids, kept = small_model_in_16_bits(), torch.arange(64)[None], {}

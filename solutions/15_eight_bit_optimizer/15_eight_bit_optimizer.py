@@ -311,11 +311,11 @@ print(f"you said {my_bytes}")
 # %% tags=["experiment"]
 plots.show(
     plots.memory_bars(steps, f"A training step of {count / 1e6:.1f} million parameters, fp32"),
-    alt="Four stacked bars: the state shrinks to a quarter in three of them; the peak of the second is as high as the first's.",
+    alt="Four stacked bars: the state shrinks to a quarter in three of them; the peak of the second is above the first's.",
 )
 
 # %% [markdown]
-# *What to see.* The state shrinks to a quarter. The *peak* of your optimizer does not: for a moment the largest parameter has both moments, a denominator and more in fp32, and
+# *What to see.* The state shrinks to a quarter. The *peak* of your optimizer grows instead: for a moment the largest parameter has both moments, a denominator and more in fp32, and
 # `nearest_code` computes in fp64. Taken in pieces, the same numbers need little at once. bitsandbytes has one compiled loop, which holds a few numbers of a block at a time.
 #
 # With LoRA there is little to save: the state belongs to the factors alone. Eight bits are for those who train many parameters.
@@ -343,7 +343,7 @@ plots.show(
 # %%
 table = torch.tensor([0.0, 0.5, 1.0])
 print("stored as 0.5, beta2 = 0.9, gradient 0:", 0.9 * 0.5, "lies above the middle 0.25, so it stays")
-print("stored as 0.5, beta2 = 0.9, gradient 2:", 0.9 * 0.5 + 0.1 * 2**2, "lies above the middle 0.75, so it moves")
+print("stored as 0.5, beta2 = 0.9, gradient 2:", round(0.9 * 0.5 + 0.1 * 2**2, 2), "lies above the middle 0.75, so it moves")
 
 # %% [markdown]
 # <details><summary>Where do I start?</summary>
@@ -413,6 +413,7 @@ def second_moment(optimizer: torch.optim.Optimizer) -> Float[Tensor, "n"]:
     return from_8bit(codes, state["exp_avg_sq_absmax"], False) if codes.dtype == torch.uint8 else codes
 
 
+# %% tags=["experiment"]
 OUTLIER = torch.arange(4096) % 256 == 0
 optimizers = {
     name: optimizer_class([nn.Parameter(torch.zeros(4096))], lr=1e-3, weight_decay=0.0)
@@ -515,6 +516,8 @@ WAYS = {
     "at random": stored_at_random,
     "bf16": lambda v: v.bfloat16().float(),
 }
+
+# %% tags=["experiment"]
 torch.manual_seed(0)
 for beta2 in (0.999, 0.99, 0.95):
     exact, kept = torch.zeros(4096), {name: torch.zeros(4096) for name in WAYS}
@@ -551,6 +554,7 @@ few = reviews.test.select(range(settings.examples(160)))
 START = {name: tensor.clone() for name, tensor in model.model.layers[-2:].state_dict().items()}
 
 
+# %% tags=["experiment"]
 def train_last_layers(optimizer_class: type[torch.optim.Optimizer]) -> tuple[list[float], torch.optim.Optimizer, list[Tensor]]:
     """Return the losses, the optimizer, and the second moments of the same gradients, kept in fp32."""
     model.model.layers[-2:].load_state_dict(START)
@@ -630,6 +634,8 @@ for name, optimizer_class in (
         parameter.grad = gradient.clone()
         optimizer.step()
     held[name] = parameter.detach()
+
+# %% tags=["experiment"]
 moved = (held["fp32"] - start).pow(2).mean().sqrt()
 apart = {name: ((held["yours"] - held[name]).pow(2).mean().sqrt() / moved).item() for name in ("bitsandbytes", "fp32")}
 for name, distance in apart.items():
@@ -669,6 +675,7 @@ def trained(dtype: torch.dtype, load: Callable[[torch.optim.Optimizer, dict], No
     return [parameter.detach() for parameter in parameters], state
 
 
+# %%
 def show_resumed(load: Callable[[torch.optim.Optimizer, dict], None]) -> None:
     """Print, for two dtypes of parameters, what loading makes of the state, and whether the run ends as it would have."""
     for dtype in (torch.bfloat16, torch.float32):

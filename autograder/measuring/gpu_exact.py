@@ -124,7 +124,7 @@ def check_adamw8bit(machine: Machine) -> Outcome:
             optimizer.step()
         return parameter.detach().cpu()
 
-    ours, exact = after(load_reference("10_qlora").AdamW8bit), after(torch.optim.AdamW)
+    ours, exact = after(load_reference("15_eight_bit_optimizer").AdamW8bit), after(torch.optim.AdamW)
     theirs = after(bitsandbytes().optim.AdamW8bit)
     way = (exact - start).pow(2).mean().sqrt()
 

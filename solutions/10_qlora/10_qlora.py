@@ -11,11 +11,11 @@
 #
 # | minutes | difficulty | points | before this unit |
 # |---|---|---|---|
-# | 140, and 15 of experiments on two CPU cores | 4 of 5 | 16 | 08_lora and 09_quantization; what autograd saves |
+# | 110, and 15 of experiments on two CPU cores | 4 of 5 | 13 | 08_lora and 09_quantization; what autograd saves |
 #
 # LoRA took away gradients and optimizer state, and left the weights in memory as they were. Unit 09 stored a weight in little more than four
-# bits. QLoRA (Dettmers et al. 2023) puts the two together: the base is kept in NF4, every layer is dequantized for the moment in which it is
-# used, and LoRA is trained on top. So a model of 65 billion parameters was fine-tuned on one GPU of 48 GB.
+# bits. QLoRA (Dettmers et al. 2023) puts the two together. The base is kept in NF4, every layer is dequantized only while it is
+# used, and LoRA is trained on top. In this way a model of 65 billion parameters was fine-tuned on one GPU of 48 GB.
 #
 # **When you have finished, you can**
 #
@@ -23,8 +23,9 @@
 # 2. say where QLoRA's bytes go, from your own measurements of a small model, and of 7 and 65 billion parameters on paper;
 # 3. choose: which layers to quantize, which dtype to store and which to compute in, what to do with the adapter afterwards.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in some seconds, on
+# new random numbers every time, and says what is wrong. Each check lends what earlier exercises built: its own `dequantize_nf4`, base or layer.
+# So go by the names in the docstrings, and not by `isinstance`.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import math
@@ -36,7 +37,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from autograder.checks.qlora import (
-    check_adamw_8bit,
     check_fast_dequantize,
     check_merged_weight,
     check_nf4_linear,
@@ -46,9 +46,9 @@ from autograder.checks.qlora import (
     check_qlora_layer,
 )
 from peftlab import plots
-from peftlab.dynamic_code import dynamic_code, nearest_code
+from peftlab.dynamic_code import dynamic_code
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, causal_loss, set_gradient_checkpointing
-from peftlab.memory import MEBIBYTE, StepMemory, measure_training_step, step_table, tensor_bytes
+from peftlab.memory import MEBIBYTE, StepMemory, measure_training_step, step_table, tensor_bytes, whole_storage
 
 UNIT = "10_qlora"
 
@@ -80,9 +80,8 @@ def bitsandbytes_nf4(weight: Tensor, double: bool = True) -> tuple[Tensor, tuple
 # | backward | $\hat W^\top g$ | `gradient @ weight`, dequantized *again* |
 # | the update | $\frac{\alpha}{r} B (A x)$ | `self.scaling * (x @ A.T @ B.T)` |
 #
-# The codes $q$ need no gradient: they cannot move by a small step. The gradient of $x$ must go on, to the layers below. It needs $\hat W$, which
-# was there in forward, and the whole saving depends on what happens to it in between. If autograd keeps it, all layers have an unpacked weight in
-# memory when backward begins. Then quantizing saved nothing.
+# The codes $q$ need no gradient. The gradient of $x$ must go on, to the layers below, and it needs $\hat W$ again. If autograd keeps $\hat W$ from forward, all layers have an
+# unpacked weight in memory when backward begins. Then quantizing saved nothing.
 #
 # Here are the bytes of one query projection of SmolLM2, drawn to scale.
 
@@ -106,13 +105,13 @@ axes.axis("off")
 plots.show(figure, alt="Four squares: fp32 large, bf16 half its area, NF4 an eighth and a little, LoRA's factors a small one.")
 
 # %% [markdown]
-# *What to see.* The blue square is what has to be kept, the orange one what is trained. A grey one, fp32 on a CPU and bf16 on a GPU, is what a layer
-# computes with, and it should exist for one layer at a time.
+# *What to see.* The blue square is kept, the orange one is trained. A grey one, fp32 on a CPU and bf16 on a GPU, is what a layer
+# computes with. It should exist for one layer at a time.
 #
 # ### Predict
 #
-# How many bytes does a parameter of the quantized layers take, statistics included? And will a training step of QLoRA be faster than one of
-# LoRA, since it reads fewer bytes, or slower? Write down what you expect; sections 4 and 6 measure it.
+# How many bytes does a parameter of the quantized layers take, statistics included? And how long is a training step of QLoRA beside one of LoRA? Sections 4 and 5
+# measure both.
 
 # %%
 my_bytes_per_parameter = None  # a number
@@ -122,38 +121,34 @@ my_seconds = None  # QLoRA's step over LoRA's: a ratio
 # ## 1. Dequantize, fast  ·  2 points, about 20 minutes
 #
 # In unit 09 dequantizing had to be right. Now it happens twice in every layer and step, so it has to be fast and sparing as well. The
-# obvious way unpacks the codes and looks each one up, with an index for every weight. An index of PyTorch is an integer of four or eight *bytes*, so
-# that looking up four-bit codes takes more memory than the fp32 weight itself.
+# obvious way unpacks the codes and looks each one up. But PyTorch's index is an integer of four or eight *bytes*: it takes as much as the fp32 weight itself, or twice as much.
 #
 # There are only 256 different bytes, and each stands for two weights. So:
 #
 # 1. a **table** of 256 rows: the two levels that a byte stands for, the high half first;
-# 2. **one gather**: look up every byte; what comes out are pairs of weights, in their order;
+# 2. **one gather**: look up every byte, not every code; out come pairs of weights, in their order;
 # 3. **one product**, in place: the values, viewed as blocks, times their absmax, in fp32; then cast to the dtype asked for.
 #
-# The check wants the values to the last bit, and follows every allocation: at its peak it may take 6 bytes a weight; 4 of these are the fp32 values.
+# The check wants the values to the last bit. It follows every allocation: at once there may be 6 bytes a weight, 4 of them for the fp32 values. And your function has to run on the
+# device "meta", whose tensors have shapes and no numbers: section 7 needs that. So read no number out, and make nothing on a device of its own.
 #
 # <details><summary>How do I make the table?</summary>
 #
 # Byte 58 is `0011 1010`: levels 3 and 10. Going through the bytes, the first level changes every 16 rows, the second in every row:
 # `repeat_interleave(16)` and `repeat(16)`, side by side.
 # </details>
-# <details><summary>IndexError about a mask, or the check says that an index takes eight bytes</summary>
+# <details><summary>IndexError about a mask, or the check names int64</summary>
 #
 # A `uint8` index is taken for a mask. `packed.flatten().int()` is an index of four bytes for two weights; `.long()` has eight.
 # </details>
-# <details><summary>The check says that there is a second fp32 copy</summary>
+# <details><summary>The check names int32 and float32, and more than 6 bytes</summary>
 #
-# `values * absmax[:, None]` makes a new tensor. `values *= absmax[:, None]` does not. Views (`view`, `[:, None]`) cost nothing.
+# `values * absmax[:, None]` makes a second tensor; `values *= absmax[:, None]` does not. And an index with a name lives until the function ends: `del` it, or give it none.
 # </details>
 # <details><summary>It is right, and I would like it faster still</summary>
 #
-# Numbers are gathered faster than rows. `table.view(torch.int64)` takes each row of two fp32 values for one number of eight bytes, and
-# `.view(torch.float32)` takes the numbers apart again; `index_select` is the fastest gather on a CPU.
-#
-# And what is gathered goes out to memory and comes back twice, to be multiplied and to be cast. Take an eighth of the blocks at a time
-# (`chunk`), and it is still in the processor's cache when it is needed; the fp32 values of the whole weight are never there at once. (Not
-# many more parts: section 8 dequantizes layers of 180 million weights, operation by operation.)
+# Numbers are gathered faster than rows. `table.view(torch.int64)` takes each row of two fp32 values for one number of eight bytes;
+# `.view(torch.float32)` takes them apart again. And work on an eighth of the blocks at a time (`chunk`): it is still in the processor's cache when it is multiplied and cast.
 # </details>
 
 
@@ -191,41 +186,36 @@ check_fast_dequantize(dequantize_nf4)
 # %% [markdown]
 # ## 2. A layer of codes  ·  4 points, about 35 minutes
 #
-# `NF4Linear` takes the place of a frozen `nn.Linear`. It is made from tensors that somebody else has quantized. `statistics` is `(absmax,)`, in fp32, or,
-# with double quantization, `(codes, nested_absmax, offset)`: `uint8` codes of `dynamic_code()`, an fp32 absmax for every 256 of these, and
-# the mean that was subtracted, just as in unit 09.
+# `NF4Linear` takes the place of a frozen `nn.Linear`. It gets tensors that are quantized already. `statistics` is `(absmax,)`, in fp32. With double quantization it is
+# `(codes, nested_absmax, offset)`, as in unit 09: `uint8` codes of `dynamic_code()`, an fp32 absmax for every 256 of these, and the mean that was subtracted.
 #
-# **What it holds.** Buffers, under the names in the docstring, not parameters: nothing of it is trained. A buffer moves with `layer.to(device)` and is in
-# the state dict, which a plain attribute is not. `dequantized()` returns the weight, in `compute_dtype`.
-#
-# **Storage and compute.** How a number is stored and in which dtype it takes part in a product are two decisions. The codes have four bits, whatever
-# is computed; `forward` casts `x` to `compute_dtype`, multiplies, adds the bias in that dtype, and gives the result back in the dtype of `x`.
-#
-# **What must not be cast.** `model.to(torch.bfloat16)` casts every floating-point buffer. It would round absmax to 8 significant bits, and no later cast brings
-# them back: a whole block of weights would be off by up to 0.4%. `nn.Module` sends every tensor through its method `_apply`, so this is
-# the place to keep the dtype; it is given below. (bitsandbytes keeps statistics outside of the module's tensors for this reason, among others.)
-#
-# **What backward needs.** `NF4Product` is an operation with a backward of your own. `forward(ctx, x, layer)` returns $\hat W x$ and may leave things on `ctx`;
-# `backward(ctx, gradient)` returns one gradient for each argument of `forward`, `None` for what has none. Leave the *layer* on `ctx`: that is
-# a reference, and costs nothing. `NF4Product.apply(x, layer)` calls it.
+# - **What it holds.** Buffers, under the names in the docstring, not parameters: nothing of it is trained. A buffer moves with `layer.to(device)` and is in
+#   the state dict.
+# - **`dequantized()`** returns the weight, in `compute_dtype`.
+# - **`forward`** casts `x` to `compute_dtype`, multiplies, adds the bias in that dtype, and gives the result back in the dtype of `x`. How a weight is stored and in
+#   which dtype it is multiplied are two decisions.
+# - **What backward needs.** `NF4Product` is an operation with a backward of your own. `forward(ctx, x, layer)` returns $\hat W x$ and may leave things on `ctx`;
+#   `backward(ctx, gradient)` returns one gradient for each argument of `forward`, `None` for what has none. Leave the *layer* on `ctx`: a reference costs nothing.
+#   `NF4Product.apply(x, layer)` calls it.
+# - **What must not be cast.** `model.to(torch.bfloat16)` casts every floating-point buffer. It would round absmax to 8 significant bits, and a block's weights would be off by up to
+#   0.4%. `nn.Module` sends every tensor through its method `_apply`; the one below keeps the dtype.
 #
 # <details><summary>The check says that no gradient reaches the layers below</summary>
 #
-# `apply` has to be given the `x` that came in (cast, but not detached). What `backward` returns first is the gradient of `x`.
+# Give `apply` the `x` that came in: cast, but not detached. `backward` returns the gradient of `x` first.
 # </details>
 # <details><summary>The check says that the weight is kept</summary>
 #
-# `ctx.weight = ...`, `ctx.save_for_backward(weight)`, `self.weight = ...` and a plain `x @ weight.T` outside of `NF4Product` all keep it. Call
+# `ctx.weight = ...`, `ctx.save_for_backward(weight)` and a plain `x @ weight.T` outside of `NF4Product` all keep it. Call
 # `dequantized()` in forward and again in backward.
 # </details>
 # <details><summary>The check says that the nested absmax of the wrong block was taken</summary>
 #
-# Codes 0 to 255 share the first. `repeat_interleave(256)` repeats each number in its place, `repeat(256)` the whole list; cut off what is
-# too long.
+# Codes 0 to 255 share the first. `repeat_interleave(256)` repeats each number in its place; cut off what is too long.
 # </details>
 # <details><summary>The check says that something is not on the device</summary>
 #
-# `dynamic_code(device=...)` makes its table where you say. The other tensors move with the layer, if they are buffers.
+# `dynamic_code(device=...)` makes its table where you say. Buffers move with the layer.
 # </details>
 
 
@@ -320,14 +310,13 @@ class NF4Linear(nn.Module):
 
 
 # %% [markdown]
-# The first check compares output and gradients with the spec, in several dtypes, then loads the layer from a state dict, casts it, and moves
-# it. *2 points.*
+# The first check compares output and gradients in several dtypes, then loads, casts and moves the layer. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-nf4-linear", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_nf4_linear(NF4Product, NF4Linear)
 
 # %% [markdown]
-# The second *measures*: the bytes that the layer keeps, those that forward leaves for backward, and the peak of both. *2 points.*
+# The second *measures* what the layer keeps, what forward leaves for backward, and the peak. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-nf4-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_nf4_memory(NF4Product, NF4Linear)
@@ -335,8 +324,8 @@ check_nf4_memory(NF4Product, NF4Linear)
 # %% [markdown]
 # ### What dequantizing again is worth
 #
-# Below are eight layers, one after the other, of random codes. Once they are yours; once their weight is dequantized in a plain product, which autograd keeps. A
-# small layer at the bottom is trained, so that the gradient has to pass through all of them.
+# Eight layers of random codes, one after the other: once yours, once with a plain product, whose weight autograd keeps. A
+# small layer at the bottom is trained, so the gradient has to pass through all of them.
 
 
 # %%
@@ -386,18 +375,16 @@ plots.show(
 # ## 3. LoRA on it, in a whole model  ·  3 points, about 25 minutes
 #
 # **The layer** *(1 point)*. `QLoRALinear` puts LoRA on an `NF4Linear`, as in unit 08: $A$ random (`kaiming_uniform_` with `a=math.sqrt(5)`), $B$ zero, scale
-# $\alpha / r$. New is the question of the dtype, twice:
+# $\alpha / r$. The dtype is new, twice:
 #
-# - The factors are **stored** in `dtype`, by default fp32. In bf16, a number keeps 8 significant bits: an update of a thousandth of its
-#   size is rounded away (unit 01).
-# - They **compute** in the dtype of `x`. So cast the factors to it, not `x` to theirs: $A$ and $B$ are small, and a copy of `x` in fp32 would be
-#   kept for backward, twice the bytes of `x` itself, in every layer.
+# - The factors are **stored** in `dtype`, by default fp32. In bf16 an update of a thousandth of a number is rounded away; the end of this section measures it.
+# - They **compute** in the dtype of `x`. So cast the factors to it, not `x` to theirs. A copy of `x` in fp32 would be kept for backward, twice the bytes of `x`, in every layer.
 #
 # Create them on the device of `base.packed`; `base.shape` is `(out_features, in_features)`.
 #
 # <details><summary>Does a cast pass the gradient on?</summary>
 #
-# Yes: `lora_A.to(x.dtype)` is an operation like any other, and the gradient comes back in the dtype of `lora_A`.
+# Yes, and the gradient comes back in the dtype of `lora_A`.
 # </details>
 # <details><summary>The check says that an fp32 copy of x is kept</summary>
 #
@@ -440,25 +427,22 @@ class QLoRALinear(nn.Module):
 check_qlora_layer(QLoRALinear)
 
 # %% [markdown]
-# **The model** *(2 points)*. Which layers? The linear ones of the decoder layers, all of them: they hold nearly all weights of a large model. What
-# stays as it is, and why:
+# **The model** *(2 points)*. All linear layers of the decoder layers are quantized: they hold nearly all weights of a large model. Two kinds of weights stay as they are:
 #
 # - **norms** are fewer than one in a thousand of the weights, and scale everything that passes;
-# - the **embedding** is a table that is read a row at a time, so it would not save any computing, and in many models the **head** is the very same
-#   tensor. The head's output decides between tens of thousands of words by small differences. Together they are a few percent of
-#   a large model.
+# - the **embedding** is a table that is read a row at a time, and in many models the **head** is the same tensor. The head decides between tens of thousands of words by small differences.
 #
-# `qlora(model, quantize, rank, alpha, dtype)` freezes the model, then puts `QLoRALinear(quantize(linear), rank, alpha, dtype)` in the place of every
-# `nn.Linear` below `model.model.layers`, and returns the full names of what it replaced. `quantize` is given, a function from `nn.Linear` to
+# `qlora(model, quantize, rank, alpha, dtype)` freezes the model and puts `QLoRALinear(quantize(linear), rank, alpha, dtype)` in the place of every
+# `nn.Linear` below `model.model.layers`. It returns the full names of what it replaced. `quantize` is given, a function from `nn.Linear` to
 # `NF4Linear`.
 #
-# One thing more. While you go through a large model, its 16-bit weights should vanish one by one, or both copies are in memory at the
+# While you go through a large model, its 16-bit weights should vanish one by one, or both copies are in memory at the
 # end. Python frees a weight when nothing refers to it any more.
 #
 # <details><summary>The check says that weights stay in memory</summary>
 #
-# `list(model.named_modules())` refers to every module, and through it to its weight, until the loop is over. A list of *names* does not;
-# `model.get_submodule(name)` gets one when its turn has come.
+# `list(model.named_modules())` refers to every module, and so to its weight, until the loop is over. Keep a list of *names*;
+# `model.get_submodule(name)` gets a module when its turn has come.
 # </details>
 # <details><summary>How do I replace a module whose name has dots in it?</summary>
 #
@@ -501,7 +485,7 @@ check_qlora(qlora)
 # %% [markdown]
 # ### How much is trained?
 #
-# The counting is done on paper: on the device "meta" a tensor has a shape and no numbers. `on_paper` stands in for a quantizer.
+# Count on the device "meta". `on_paper` stands in for a quantizer.
 
 
 # %%
@@ -537,16 +521,43 @@ for name in ("SmolLM2-135M", "LLaMA-7B"):
     )
 
 # %% [markdown]
-# The share is LoRA's, because the factors are the same: below one percent in a large model, more in a small one, whose matrices are small
-# (a factor grows with a matrix's width, the matrix with its square). And a trap: `model.parameters()` lists embedding, norms and factors, but
-# not the codes, which are buffers; a share computed from that is wrong, as the last column shows. (bitsandbytes keeps the packed bytes as a
-# parameter, which counts each *byte* as one weight, so that there the number is off as well.)
+# The share is LoRA's: below one percent in a large model, more in a small one, whose matrices are small. And a trap: `model.parameters()` does not list the codes,
+# which are buffers, so a share computed from it is wrong. (bitsandbytes keeps packed bytes as a parameter and counts each *byte* as one weight: also wrong.)
+#
+# ### Why the factors are stored in fp32
+#
+# A tiny LLaMA, with random codes below and factors in fp32 or bf16, is trained for ten steps at a low rate. How many numbers of $A$ does a step still move?
+
+
+# %%
+def random_codes(linear: nn.Linear) -> NF4Linear:
+    """Return an `NF4Linear` of random codes, whose weights are about as large as the given ones."""
+    count = linear.weight.numel()
+    packed, absmax = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8), torch.full((count // 64,), 0.1)
+    return NF4Linear(packed, (absmax,), torch.linspace(-1, 1, 16), linear.weight.shape, torch.float32)
+
+
+for dtype in (torch.float32, torch.bfloat16):
+    torch.manual_seed(0)
+    learner, sentences = Llama(PRESETS["tiny"]), torch.randint(0, 256, (8, 24))
+    qlora(learner, random_codes, dtype=dtype)
+    factors = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=1e-4, weight_decay=0.0)
+    for _ in range(10):
+        before = [factor.detach().clone() for factor in factors[::2]]  # A stands before B
+        optimizer.zero_grad()
+        causal_loss(learner, sentences, sentences).backward()
+        optimizer.step()
+    stayed = torch.cat([(old == new).flatten() for old, new in zip(before, factors[::2])]).float().mean()
+    print(f"factors in {str(dtype)[6:]:<9} numbers of A that the last step did not move: {stayed:.0%}")
+
+# %% [markdown]
+# *What to see.* In bf16 nearly half of $A$ stands still: there the step is smaller than half the distance to the next number.
 #
 # ## 4. Measured: what is in memory
 #
 # Now a real model. First the weights of its 210 quantized layers, in five formats. `quantize` makes your layers from what bitsandbytes has
-# quantized. Products are computed in bf16 on a GPU that computes in bf16, which is one of compute capability 8.0 or more. On a CPU, and on an older
-# card such as the T4, they are computed in fp32.
+# quantized. Products are computed in bf16 on a GPU of compute capability 8.0 or more, and in fp32 on a CPU or an older card such as the T4.
 
 # %% tags=["experiment"]
 from peftlab import comparison, settings, tasks
@@ -594,9 +605,7 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* An absmax for every 64 weights is visible even beside 8-bit codes; double quantization takes most of it away.
-#
-# Now a whole training step, by category. `qlora` can make plain LoRA as well: give it a "quantizer" that does not quantize.
+# Now a whole training step, by category. `qlora` makes plain LoRA as well, from a "quantizer" that does not quantize.
 
 
 # %% tags=["experiment"]
@@ -640,169 +649,13 @@ plots.show(
 
 # %% [markdown]
 # *What to see.* Each method takes away one colour. LoRA: gradients and optimizer state. QLoRA: most of the weights; what is left of the blue is
-# mostly the embedding, which is a fifth of this small model. Checkpointing: most of the green. It keeps each decoder layer's input alone, and computes
-# the layer again in backward; your layers are then dequantized three times in a step. The embedding is frozen, and with
-# the kind of checkpoint that our LLaMA uses, that does no harm (unit 03 has the kind where it does).
+# mostly the embedding, a fifth of this small model. Checkpointing: most of the green. It keeps each decoder layer's input and computes
+# the layer again in backward, so your layers are dequantized three times in a step. (The frozen embedding does no harm with the kind of checkpoint that our LLaMA uses; unit 03 has the
+# kind where it does.)
 #
-# ## 5. An optimizer in eight bits  ·  3 points, about 30 minutes
+# The optimizer's state can be stored in eight bits as well. With LoRA it is small; unit 15 builds such an optimizer for those who train many parameters.
 #
-# Adam keeps two numbers for each trained one: 8 bytes in fp32. Dettmers et al. (2022) store both in eight bits, in blocks of 256 with an
-# absmax each, and update them like this:
-#
-# 1. read both moments back to fp32;
-# 2. take Adam's step with them, as if nothing had happened;
-# 3. quantize the *new* moments, and forget the fp32 ones.
-#
-# The codes are those of unit 09's dynamic data type. The first moment has a sign, so it takes the signed type, `dynamic_code(True)`; the second is
-# never negative and takes
-# the unsigned one, `dynamic_code(False)`, which has a bit more for its digits. `nearest_code(x, signed)` finds codes for numbers between -1 and 1.
-# That errors do not add up is due to these types: most of their values are small, and small numbers keep about as many digits as large ones. Even so,
-# tensors of fewer than
-# 4,096 values stay in fp32, as in bitsandbytes: there is little to save.
-#
-# With gradient $g$, both moments zero at the start, and $t = 1$ in the first step, the step of AdamW is
-#
-# $$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2 \qquad
-# \theta \leftarrow (1 - \eta \lambda)\, \theta - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} $$
-#
-# with learning rate $\eta$ and weight decay $\lambda$. Compute in fp32 whatever the parameter's dtype. Keep, in `self.state[parameter]`, the moments as `exp_avg` and
-# `exp_avg_sq`, their absmax as `exp_avg_absmax` and `exp_avg_sq_absmax` (not for small tensors), and the number of steps as `step`.
-#
-# <details><summary>How is an optimizer built?</summary>
-#
-# `self.param_groups` is a list of dicts, each with its `"params"` and its own `"lr"`, `"betas"`, `"eps"` and `"weight_decay"`. `self.state[parameter]` is a dict that
-# starts empty. Skip parameters whose `grad` is None. `parameter.copy_(...)` changes it in place; `step` runs under `torch.no_grad()`.
-# </details>
-# <details><summary>The last block has fewer than 256 values</summary>
-#
-# Pad the flat tensor with zeros to a multiple of 256, view it as blocks, and cut the codes off again at the end; or `split(256)` and a loop.
-# </details>
-# <details><summary>A block of zeros gives NaN</summary>
-#
-# 0 / 0 is. `nearest_code` takes it, and whatever the code, it is multiplied by an absmax of 0 when it is read back.
-# </details>
-
-
-# %% nbgrader={"grade": false, "grade_id": "adamw-8bit", "locked": false, "schema_version": 3, "solution": true, "task": false}
-def to_8bit(x: Float[Tensor, "..."], signed: bool) -> tuple[UInt8[Tensor, "..."], Float[Tensor, "blocks"]]:
-    """Return dynamic codes in the shape of x, and in fp32 the absmax of every 256 values, or what is left of them."""
-    ### BEGIN SOLUTION
-    blocks = nn.functional.pad(x.float().flatten(), (0, -x.numel() % 256)).view(-1, 256)
-    absmax = blocks.abs().amax(dim=1)
-    codes = nearest_code(blocks * (1 / absmax)[:, None], signed)
-    return codes.flatten()[: x.numel()].clone().view(x.shape), absmax
-    ### END SOLUTION
-
-
-def from_8bit(codes: UInt8[Tensor, "..."], absmax: Float[Tensor, "blocks"], signed: bool) -> Float[Tensor, "..."]:
-    """Return the numbers that the codes stand for, in fp32, in the shape of the codes."""
-    ### BEGIN SOLUTION
-    scale = absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
-    return dynamic_code(signed, codes.device)[codes.int()] * scale
-    ### END SOLUTION
-
-
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose moments are stored in eight bits (Dettmers et al. 2022)."""
-
-    def __init__(
-        self,
-        params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
-        """Update every parameter that has a gradient, and its moments. (A closure is not used.)"""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, group)
-
-    def update(self, parameter: nn.Parameter, group: dict) -> None:
-        """Take one step for one parameter, with the settings of its group."""
-        ### BEGIN SOLUTION
-        state, gradient = self.state[parameter], parameter.grad.float()
-        small = parameter.numel() < 4096
-        first = self._moment(state, "exp_avg", gradient, small)
-        second = self._moment(state, "exp_avg_sq", gradient, small)
-        state["step"] = step = state.get("step", 0) + 1
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        first.mul_(beta1).add_(gradient, alpha=1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = second.sqrt() / math.sqrt(1 - beta2**step) + group["eps"]
-        decayed = parameter.float() * (1 - lr * group["weight_decay"])
-        parameter.copy_(decayed.addcdiv_(first, denominator, value=-lr / (1 - beta1**step)))
-        for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
-            if small:
-                state[name] = moment
-            else:
-                state[name], state[f"{name}_absmax"] = to_8bit(moment, name == "exp_avg")
-
-    @staticmethod
-    def _moment(state: dict, name: str, gradient: Tensor, small: bool) -> Tensor:
-        """Return a moment in fp32, zeros before the first step."""
-        if name not in state:
-            return torch.zeros_like(gradient)
-        return state[name] if small else from_8bit(state[name], state[f"{name}_absmax"], name == "exp_avg")
-        ### END SOLUTION
-
-
-# %% nbgrader={"grade": true, "grade_id": "check-adamw-8bit", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
-check_adamw_8bit(to_8bit, from_8bit, AdamW8bit)
-
-# %% [markdown]
-# Does it train as well as AdamW? Here is a tiny LLaMA, trained in full, once with each, on the same random sentences, to learn them by heart.
-
-
-# %%
-def learn_by_heart(optimizer_class: type[torch.optim.Optimizer]) -> tuple[list[float], float]:
-    """Return the losses, and the bytes of optimizer state a parameter."""
-    torch.manual_seed(0)
-    model = Llama(PRESETS["tiny"])
-    sentences = torch.randint(0, 256, (8, 24))
-    optimizer = optimizer_class(model.parameters(), lr=3e-3, weight_decay=0.0)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = causal_loss(model, sentences, sentences)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    held = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return losses, tensor_bytes(held) / sum(parameter.numel() for parameter in model.parameters())
-
-
-# %%
-curves = {}
-for name, optimizer_class in {"AdamW": torch.optim.AdamW, "AdamW8bit": AdamW8bit}.items():
-    curves[name], bytes_each = learn_by_heart(optimizer_class)
-    print(f"{name:<10} last loss {curves[name][-1]:.4f}, {bytes_each:.3f} bytes of state a parameter")
-plots.show(
-    plots.loss_curves(curves, "A tiny LLaMA learns eight sentences, with moments in 32 and in 8 bits"),
-    alt="Two loss curves, one on top of the other, that fall from above five towards zero.",
-)
-
-# %% [markdown]
-# *What to see.* The two curves can hardly be told apart, and the state takes less than a third (small tensors stay in fp32). With LoRA,
-# though, the state is small to begin with: the 8-bit optimizer is for those who train many parameters.
-#
-# Two traps that bitsandbytes has had to step around. PyTorch's `load_state_dict` casts an optimizer's state to the parameter's dtype, so
-# that codes come back as floating-point numbers; bitsandbytes has a loader of its own, and a long training run with yours would need one. And
-# embeddings trained in full are
-# less stable in 8 bits (Dettmers et al. 2022, section 2.3); bitsandbytes lets you keep their moments in 32.
-#
-# **Paging.** On an NVIDIA GPU bitsandbytes can also put the state into *unified memory*: pages that the driver moves between GPU and main memory, as an
-# operating system swaps pages to disk. While there is room, the pages stay on the GPU. When a long sequence fills it for a moment, pages of the
-# optimizer's state make way, and come back for the next `step()`. In the paper this is what avoids out-of-memory errors at the longest
-# batches. The class is `PagedAdamW8bit`. It pages only the state of tensors of 100,000 numbers and more, and a factor of rank 8 has
-# fewer in SmolLM2 and even in LLaMA-7B. On a CPU it has no pages. So this unit compares with bitsandbytes' `AdamW8bit`.
-#
-# ## 6. On a real model
+# ## 5. On a real model
 #
 # Quantizing changes the model before anything is learned. How much?
 
@@ -820,7 +673,7 @@ print(
 
 # %% [markdown]
 # LoRA started from the model as it was; QLoRA starts from here, and has something to make up for. Fine-tune it, with the learning rate that
-# the shipped comparison chose. About two minutes on two CPU cores; 44 seconds on an H200, beside ten other notebooks.
+# the shipped comparison chose. About two minutes on two CPU cores.
 
 # %% tags=["experiment"]
 from safetensors.torch import save_file
@@ -858,7 +711,7 @@ plots.show(
 )
 
 # %% [markdown]
-# And here are the rows that come with the course: both tasks, three seeds at the learning rate that was chosen for each method.
+# The rows that come with the course: both tasks, three seeds at the rate that was chosen for each method. ("Not measured yet" names what has no such rows.)
 
 # %%
 from peftlab import comparison
@@ -877,11 +730,10 @@ for task in comparison.TASKS:
 
 # %% [markdown]
 # *What to see.* Compare the difference of the means with the spreads beside it. Dettmers et al. find no loss against 16 bits
-# (section 4). In the rows that come with the course QLoRA ends a point below LoRA on reviews, and three below on tool calls, where LoRA's own three
-# seeds lie ten points apart: three seeds cannot tell such a difference from luck. (If your copy of SmolLM2 is the one that pip installs, it has been
-# quantized once before; see unit 09.)
+# (section 4). In these rows QLoRA ends a point below LoRA on reviews, and three below on tool calls, where LoRA's own three
+# seeds lie ten points apart. Three seeds cannot tell such a difference from luck. (The copy of SmolLM2 that pip installs has been quantized once before; see unit 09.)
 #
-# Luck, or four bits, or too short a run? The last can be tried: twice as many steps for both, with a sweep and three seeds of their own, on tool calls alone.
+# Luck, or four bits, or too short a run? The last can be tried, on tool calls alone: 120 steps for both, twice as many as above, with a sweep and three seeds of their own.
 
 # %%
 longer = comparison.select({"QLoRA, 120 steps": ("qlora", "long"), "LoRA, 120 steps": ("lora", "long")})
@@ -889,13 +741,12 @@ print(comparison.sweep_table(longer))
 print(comparison.score_table(longer))
 
 # %% [markdown]
-# *What to see.* With 120 steps both write nearly every call right, with every seed, and the three points are gone. The rows do not tell whether they
-# were luck or a slower start. They do show that 4-bit weights do not stop the model from learning this task. At the highest rate LoRA fails and QLoRA
-# does not. That is one seed each, at a rate that nobody would choose, so build nothing on it.
+# *What to see.* With 120 steps both write nearly every call right, with every seed, and the three points are gone. These rows show that 4-bit weights do not stop the model from learning this
+# task. They do not tell whether the three points were luck or a slower start.
 #
 # ### Slower or faster?
 #
-# QLoRA reads fewer bytes, and it has more to do. To see how much more, time a step with both: on a batch of few tokens and on one of many.
+# QLoRA reads fewer bytes, and it has more to do. Time a step with both, on a batch of few tokens and on one of many.
 
 # %% tags=["experiment"]
 from peftlab.training import seconds_of
@@ -927,11 +778,9 @@ print(f"you said {my_seconds}")
 
 # %% [markdown]
 # *What to see.* On a CPU the ratio falls as the batch grows, and the seconds that are added change little. Dequantizing costs the same for one token as for a
-# thousand: every weight is made twice in a step, then used once for every token. That is the answer to a question asked again and
-# again (open-instruct issue 109, qlora issue 249): QLoRA trades time for memory, and pays least when the memory that it frees is spent on a
-# larger batch.
+# thousand. So QLoRA trades time for memory, and pays least when that memory is spent on a larger batch. (open-instruct issue 109 and qlora issue 249 ask about it.)
 #
-# On a large GPU it is different. Here are steps of forward and backward that were timed there, with the layers of this unit's solution, in bf16:
+# On a large GPU it is different. These steps of forward and backward were timed there, with this unit's solution, in bf16:
 
 # %%
 from peftlab import gpu
@@ -943,13 +792,11 @@ for name, found in gpu.proofs("training steps").items():
 
 # %% [markdown]
 # *What to see.* Four times as many tokens take no longer, with either method, and the ratio does not fall. This model is too small for the card: the
-# GPU waits for Python,
-# which launches one operation after the other. So what counts is how many operations there are. How many does dequantizing take?
+# GPU waits for Python, which launches one operation after the other. So what counts is how many operations there are.
 #
 # ### One kernel instead of many  ·  optional, about 15 minutes
 #
-# PyTorch carries out an expression operation by operation. Each one reads its inputs from memory and writes its result back, and on a GPU each
-# one is a *kernel* that has to be launched. Count those in your `dequantize_nf4`. Views do not count: they move nothing.
+# On a GPU each operation is a *kernel* that has to be launched; it reads its inputs from memory and writes its result back. Count those in your `dequantize_nf4`, without views.
 
 # %% tags=["experiment"]
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -975,8 +822,8 @@ with Operations() as operations:
 print(f"your dequantize_nf4: {operations.count} operations")
 
 # %% [markdown]
-# `torch.compile` looks at the whole function and writes a program of its own: C++ for a CPU, Triton for a GPU. It works best on one expression of
-# whole tensors. In section 1 that took too much memory. Here it does not, because the compiler keeps nothing that is computed on the way.
+# `torch.compile` turns a whole function into one program: C++ for a CPU, Triton for a GPU. It works best on one expression of
+# whole tensors. In section 1 that took too much memory; a compiled expression keeps nothing that is computed on the way.
 
 
 # %% tags=["experiment"]
@@ -1014,8 +861,7 @@ if forms["one expression, compiled"] is not None:
     print("\n".join(lines[max(heads[-1], ends[0] - 24) : ends[0]]))
 
 # %% [markdown]
-# Read it: a loop over all weights. A byte, a level and an absmax are loaded, multiplied, cast and stored. What were tensors are variables now. And the
-# time, beside bitsandbytes' own kernel, in turn:
+# Read it: a loop over all weights. A byte, a level and an absmax are loaded, multiplied, cast and stored. Now the time, beside bitsandbytes' own kernel:
 
 # %% tags=["experiment"]
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -1032,8 +878,7 @@ for name, seconds in taken.items():
     print(f"{name:<26}{1e3 * fastest:8.2f} ms, {fastest / min(taken['bitsandbytes']):6.2f} times bitsandbytes'")
 
 # %% [markdown]
-# The same on GPUs, where `one table` is the expression above and `as written` is this unit's solution; then a whole training step, with every layer's weight and
-# statistics read back in compiled code.
+# The same on GPUs (`one table` is the expression above, `as written` this unit's solution), then a whole training step.
 
 # %%
 for name, found in gpu.proofs("dequantize").items():
@@ -1048,19 +893,19 @@ for name, found in gpu.proofs("training steps").items():
                 print(f"{name}, {kind}, {batch}: a step takes {found[f'{kind}, {batch}: ours over peft']:.2f} of peft's time")
 
 # %% [markdown]
-# *What to see.* On the H200 the solution, which works in parts, takes fifteen times as long as bitsandbytes' kernel: the operations that you counted,
-# against one launch. Compiled
-# as it stands it is still seven times as slow. Compiled as one expression it takes about 40 microseconds more than bitsandbytes, whether the weight is
-# small or large: so its loop over the weights is as fast, and what remains is the way from Python to the launch. A whole step of QLoRA then takes no
-# longer than
-# peft's on bitsandbytes. On a CPU nothing has to be launched, so there is less to gain: compare your own lines above.
+# *What to see.* On the H200 the solution, which works in parts, takes fifteen times as long as bitsandbytes' kernel. Compiled as one expression it takes about 40 microseconds more, whether the
+# weight is small or large. So its loop over the weights is as fast, and what remains is the way from Python to the launch. A compiled step of QLoRA takes no
+# longer than peft's on bitsandbytes. On a CPU there is nothing to launch: compare your own lines above.
 #
-# ## 7. Merging, or not  ·  1 point, about 10 minutes
+# ## 6. Merging, or not  ·  1 point, about 10 minutes
 #
-# After training one would like a plain model again. `merged_weight` returns $\hat W + \frac{\alpha}{r} B A$ of a layer: computed in fp32, rounded once
-# to the dtype that is asked
-# for. The layer stays as it is. Note the hat. The factors were trained beside $\hat W$, not beside the original $W$, and made up for
-# some of the difference: merged into $W$, they would correct an error that is not there.
+# After training one would like a plain model again. `merged_weight` returns $\hat W + \frac{\alpha}{r} B A$ of a layer:
+#
+# - it takes $\hat W$ from `layer.base.dequantized()`, which has rounded it to the compute dtype already; it does not change that tensor;
+# - it adds in fp32, and rounds once more, to the dtype that is asked for.
+#
+# Note the hat. The factors were trained beside $\hat W$, not beside the original $W$, and made up for some of the difference. Merged into $W$, they would correct an error that is not there
+# (peft issue 2105).
 
 
 # %% nbgrader={"grade": false, "grade_id": "merged-weight", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -1077,8 +922,7 @@ def merged_weight(layer: QLoRALinear, dtype: torch.dtype = torch.float32) -> Flo
 check_merged_weight(merged_weight)
 
 # %% [markdown]
-# Into how many bits? The model trained in section 6 is at hand. Merge it into 32 bits, into 16, and back into four, and compare what each gives with what the
-# adapter gives, on the newspaper sentences and on the reviews. Predict the order, and where the gap will be.
+# Into how many bits? Merge the model of section 5 into 32 bits, into 16, and back into four. Predict the order, and where the gap will be.
 
 # %%
 my_order = ["...", "...", "..."]  # from the least change to the most
@@ -1120,18 +964,16 @@ same = [(back_to_four_bits(merged_weight(layer)).packed == layer.base.packed).fl
 print(f"NF4, again: {torch.stack(same).mean():.2%} of the packed bytes are those from before training, in the mean over layers")
 
 # %% [markdown]
-# *What to see.* The last column, and the share below it. Training moved most weights by far less than half the distance between two levels of NF4. So
-# rounding puts nearly every weight back on the level that it came from: it is about as large as the update and opposite to it, and what comes out is
-# the model from before training. The grid of bf16 is finer; how large its rounding is beside the update is in its own line. peft warns of merging into
-# a 4-bit layer (issue 2321). So either serve the 4-bit base *with* the adapter beside it, two thin products more in each layer, or merge into 16 bits
+# *What to see* (at full length; in a short run the update is too small for these ratios to mean anything). Training moved most weights by far less than half the distance between two levels of NF4.
+# So rounding puts nearly every weight back on its old level, and what comes out is the model from before training. The grid of bf16 is finer: compare its line. peft warns of
+# merging into a 4-bit layer (issue 2321). Either serve the 4-bit base *with* the adapter beside it, two thin products more in each layer, or merge into 16 bits
 # and serve a 16-bit model.
 #
-# ## 8. Seven and sixty-five billion, on paper
+# ## 7. Seven and sixty-five billion, on paper
 #
-# The paper's introduction says: full fine-tuning of the 65B model takes more than 780 GB, QLoRA less than 48. Section 2 of it has numbers for 7B, batch
-# size 1: the 4-bit
-# base 5,048 MB, LoRA's weights 26 MB, "input gradients" 567 MB, and with gradient checkpointing 18 MB a sequence. Can *your* layers reproduce these? With
-# fake tensors (unit 01) your own code runs, operation by operation, at full size, and nothing is allocated.
+# The paper's introduction says: full fine-tuning of the 65B model takes more than 780 GB, QLoRA less than 48. Its section 2 has numbers for 7B, batch
+# size 1: the 4-bit base 5,048 MB, LoRA's weights 26 MB, "input gradients" 567 MB, and with gradient checkpointing 18 MB a sequence. Can *your* layers reproduce these? With
+# fake tensors (unit 01) your own code runs at full size, and nothing is allocated.
 
 # %% tags=["experiment"]
 from peftlab.recipes import RECIPES
@@ -1181,15 +1023,11 @@ for length in (tokens, 512):
 # %% [markdown]
 # *What to see*, line by line.
 #
-# - **18 MB.** With checkpointing what remains is each layer's input. The paper's 18 MB fit an average sequence of the length in the first line. For that length your
-#   measurement gives as much, and the logits, for which the loss has to wait, on top.
-# - **567 MB.** For the same length we find less. The code of 2023 computed attention with its $s \times s$ matrices and softmax in fp32. It kept fp32
-#   copies in norms and in LoRA's path (dropout, and inputs cast to the factors' dtype, section 3). Ours has one operation for attention and casts the
-#   factors.
-#   What the paper calls input gradients are these tensors, which forward keeps so that gradients can be computed.
-# - **26 MB** is a nominal share, 0.2% of the weights; the ranks that were used with all linear layers take more.
-# - **5,048 MB** is more than any of our four. Codes and statistics leave little room: the difference must lie in what is *not* quantized, or in what the
-#   measurement counted besides weights. The paper does not say, so we leave it open.
+# - **18 MB.** With checkpointing each layer's input remains. The paper's 18 MB fit a sequence of the length in the first line. For that length your measurement gives as much, and the logits on top.
+# - **567 MB.** For the same length we find less. The code of 2023 kept attention's $s \times s$ matrices, and fp32 copies in norms and in LoRA's path. Ours has one operation for attention and casts
+#   the factors. What the paper calls input gradients are these tensors.
+# - **26 MB** is a nominal share, 0.2% of the weights; the ranks that are used with all linear layers take more.
+# - **5,048 MB** is more than any of our four. The paper does not say what was counted besides codes and statistics, so we leave it open.
 
 # %% tags=["experiment"]
 full = RECIPES["bf16, fp32 moments"].measure(PRESETS["LLaMA-65B"], checkpointing=True)
@@ -1204,11 +1042,9 @@ for checkpointing in (False, True):
 
 # %% [markdown]
 # *What to see.* 780 GB are 12 bytes a parameter: weights and gradients in 16 bits, Adam's moments in 32. QLoRA's peak is below 48 GB *with*
-# checkpointing, and above without:
-# the claim needs both. The optimizer matters, too: the moments here are in bf16 like the factors; in fp32 they would take twice as much, and that is where
-# paging and eight bits come in.
+# checkpointing, and above without. The optimizer matters, too: the moments here are in bf16 like the factors, and in fp32 they would take twice as much. The paper pages them (unit 15).
 #
-# So far on paper. Does a real card agree? These steps were taken on real cards: the layers of this unit's solution, rank 64, 512 tokens, checkpointing, AdamW,
+# Does a real card agree? These steps were taken on real cards: this unit's solution, rank 64, 512 tokens, checkpointing, AdamW,
 # with random codes, on which bytes do not depend.
 
 # %% tags=["experiment"]
@@ -1225,13 +1061,13 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B"):
 # less than 5,000 bytes.
 
 # %% [markdown]
-# ## 9. The same thing in peft and bitsandbytes
+# ## 8. The same thing in peft and bitsandbytes
 #
 # Is it *QLoRA*, or something like it? Below, a small LLaMA exists twice with the same weights: as `transformers` model with bitsandbytes' `Linear4bit` and
-# peft's LoRA, and as our `Llama` with your layers. `Linear4bit` quantizes when it is moved to a device. `four_bits` holds a work-around: where a CPU has
-# AVX512-BF16, bitsandbytes 0.50.2 repacks a weight at its first forward pass in `eval` mode, for good; training afterwards silently drops the
-# gradient through the base, and dequantizing and merging return garbage. One line a layer prevents it. On such a CPU it also misreads a weight
-# whose rows are not whole blocks: so all sizes here are multiples of 64.
+# peft's LoRA, and as our `Llama` with your layers. `four_bits` holds a work-around. Where a CPU has
+# AVX512-BF16, bitsandbytes 0.50.2 repacks a weight at its first forward pass in `eval` mode, for good. Training afterwards silently drops the
+# gradient through the base, and dequantizing returns garbage. On such a CPU it also misreads a weight
+# whose rows are not whole blocks, so all sizes here are multiples of 64.
 
 # %% tags=["experiment"]
 import warnings
@@ -1308,8 +1144,8 @@ our_losses = twenty_steps(trainable(ours).values(), lambda ids: causal_loss(ours
 their_losses = twenty_steps(trainable(theirs).values(), lambda ids: theirs(input_ids=ids, labels=ids).loss, **settings_of_both)
 
 # %% [markdown]
-# How far apart may they be? A model that learns nothing is apart by the whole way that the loss comes down. So measure the difference as a share of that
-# way. A number in bf16 keeps 8 significant bits, one in fp32 keeps 24; so more is allowed in bf16.
+# How far apart may they be? A model that learns nothing is apart by the whole way that the loss comes down, so measure the difference as a share of it. bf16 keeps 8 significant bits,
+# fp32 24; so more is allowed in bf16.
 
 # %% tags=["experiment"]
 way = their_losses[0] - their_losses.min()
@@ -1320,8 +1156,7 @@ allowed = 0.1 if COMPUTE is torch.bfloat16 else 1e-4
 assert apart <= allowed, "your QLoRA and the library's have parted ways: run the checks above again"
 
 # %% [markdown]
-# Now the bytes: a step of SmolLM2 with each, on the same batch, with logits only where there is a label. Both start from the same weights and have their factors in
-# the same dtype. bitsandbytes keeps its statistics outside of parameters and buffers, so they are counted apart and added.
+# Now the bytes: a step of SmolLM2 with each, on the same batch. bitsandbytes keeps its statistics outside of parameters and buffers, so they are counted apart and added.
 
 # %% tags=["experiment"]
 library_optimizer = bitsandbytes.optim.AdamW8bit
@@ -1368,44 +1203,13 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The same weights, the same optimizer state, and no more activations. What the two need for a moment differs: yours an index and
-# fp32 values while a layer is dequantized (of all of it, or of some blocks at a time), peft's a clone of every layer's output, a precaution.
-#
-# And your optimizer beside bitsandbytes': the same parameters, the same gradients, on this machine's CPU; then what was measured on GPUs.
-
-# %% tags=["experiment"]
-torch.manual_seed(0)
-start, gradients = torch.randn(80, 96), torch.randn(30, 80, 96)
-held = {}
-for name, optimizer_class in (
-    ("yours", AdamW8bit),
-    ("bitsandbytes", bitsandbytes.optim.AdamW8bit),
-    ("fp32", torch.optim.AdamW),
-):
-    parameter = nn.Parameter(start.clone())
-    optimizer = optimizer_class([parameter], lr=1e-2, weight_decay=0.01)
-    for gradient in gradients:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    held[name] = parameter.detach()
-moved = (held["fp32"] - start).pow(2).mean().sqrt()
-for name in ("bitsandbytes", "fp32"):
-    print(
-        f"yours and {name}: apart by {(held['yours'] - held[name]).pow(2).mean().sqrt() / moved:.1e} of the way that was gone"
-    )
-for card, found in gpu.proofs("AdamW8bit against bitsandbytes").items():
-    print(f"{card}: yours and bitsandbytes {found['apart']:.1e}, yours and fp32 {found['ours and fp32 apart']:.1e}")
-
-# %% [markdown]
-# *What to see.* On the CPU yours and bitsandbytes' go the same way, to the last bit. On a GPU bitsandbytes has another kernel: by its source it decays a weight after
-# the update, and keeps the sign of a moment that rounds to zero. The difference is a hundredth of that to AdamW in fp32, which is the price of eight bits.
+# *What to see.* The same weights, the same optimizer state, and no more activations. They differ in what they need for a moment. Yours needs an index and
+# fp32 values while it dequantizes a layer, or some of its blocks. peft clones every layer's output, as a precaution.
 #
 # ### A larger model
 #
-# On a GPU your layers take a larger LLaMA from the Hub, if you name one: one with plain rotary embeddings, such as `HuggingFaceTB/SmolLM2-1.7B` or
-# `meta-llama/Llama-2-7b-hf`. Set `LARGER` below, or the environment variable `PEFTLAB_MODEL`. The weights are read in bf16 into main memory, 2 bytes
-# each, and quantized on the
-# way to the GPU. A free Colab has 12.7 GB of main memory: enough for the 1.7B model, too little for 7B.
+# On a GPU your layers take a larger LLaMA from the Hub, one with plain rotary embeddings, such as `HuggingFaceTB/SmolLM2-1.7B`. Set `LARGER` below, or the environment
+# variable `PEFTLAB_MODEL`. The weights are read in bf16 into main memory: a free Colab's 12.7 GB are enough for 1.7B, too little for 7B.
 
 # %% tags=["experiment"]
 import os
@@ -1451,12 +1255,10 @@ else:
     print("No larger model was named.")
 
 # %% [markdown]
-# ## 10. Bug hunt  ·  1 point, about 15 minutes
+# ## 9. Bug hunt  ·  1 point, about 10 minutes
 #
-# *After bitsandbytes issue 1569, peft issues 816 and 1149, and TRL pull request 4457.* "When I prepare my quantized model for training, the memory
-# consumption is even higher than in bf16",
-# somebody writes, and others confirm it. peft's function for this freezes the model and casts whatever is in 16 bits to fp32, "for
-# stability". In short:
+# *After bitsandbytes issue 1569, peft issues 816 and 1149, and TRL pull request 4457.* Somebody prepares a quantized model for training, and "the memory consumption is even higher than
+# the bf16 counterpart". peft's function for this freezes the model and casts whatever is in 16 bits to fp32. In short:
 
 
 # %%
@@ -1467,8 +1269,7 @@ def prepare_with_a_bug(model: nn.Module) -> None:
 
 
 # %% [markdown]
-# The parameters that it casts are few beside the codes, one would think. Measure: a LLaMA of SmolLM2's width with two layers, in bf16, quantized on paper (random
-# bytes will do), its factors in bf16 too; then the same after that function.
+# It casts few parameters beside the codes. Measure what that does: a LLaMA of SmolLM2's width with two layers, in bf16, on random codes, its factors in bf16 too. It is cast whole, or only a part of it.
 
 
 # %%
@@ -1489,33 +1290,60 @@ def small_model_in_16_bits() -> Llama:
     return model
 
 
-def bytes_after(prepare: Callable[[nn.Module], None]) -> StepMemory:
-    """Return the bytes of a step of the small model on 64 tokens, after it has been prepared."""
-    model, ids = small_model_in_16_bits(), torch.arange(64)[None]
+# %%
+def bytes_after(prepare: Callable[[nn.Module], None]) -> str:
+    """Return the bytes of the small model's weights, and of what forward keeps of 64 tokens, after it has been prepared."""
+    model, ids, kept = small_model_in_16_bits(), torch.arange(64)[None], {}
     prepare(model)
-    return measure_training_step(model, lambda: causal_loss(model, ids, ids))
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = causal_loss(model, ids, ids)  # as long as it lives, so does what is kept
+    weights = [*model.parameters(), *model.buffers()]
+    for tensor in (*weights, ids, loss):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    parts = {
+        name: tensor_bytes([whole_storage(tensor) for tensor in kept.values() if tensor.dtype == dtype]) / MEBIBYTE
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    size = f"weights {tensor_bytes(weights) / MEBIBYTE:5.1f} MiB"
+    return f"{size}, kept for backward {parts['fp32']:.2f} MiB in fp32 and {parts['bf16']:.2f} MiB in bf16"
 
 
 # %%
-for name, prepare in {"in 16 bits": lambda model: None, "with the bug": prepare_with_a_bug}.items():
-    step = bytes_after(prepare)
-    print(
-        f"{name:<13} weights {step.parameters / MEBIBYTE:5.1f} MiB, activations {step.activations / MEBIBYTE:5.1f} MiB, "
-        f"peak {step.peak / MEBIBYTE:5.1f} MiB"
-    )
+def casting(*parts: str) -> Callable[[nn.Module], None]:
+    """Return a function that casts to fp32 the parameters whose names contain one of these."""
+
+    def prepare(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in parts):
+                parameter.data = parameter.data.float()
+
+    return prepare
+
+
+for name, prepare in {
+    "nothing": lambda model: None,
+    "everything": prepare_with_a_bug,
+    "embedding, factors": casting("embed", "lora"),
+    "factors": casting("lora"),
+}.items():
+    print(f"cast: {name:<19} {bytes_after(prepare)}")
 
 # %% [markdown]
-# The embedding has doubled. And the activations, which no parameter's dtype seems to decide? A product of a number in 16 bits and one in 32 is in 32: the first norm
-# multiplies by its fp32 weight, and everything after it is in fp32, is kept for backward in fp32, in every layer.
+# *What to see.* The embedding has doubled. And what is kept for backward has grown, although no activation was cast. The embedding in fp32 makes the whole stream fp32: every layer returns
+# the dtype of its `x`. The third line, which leaves the norms alone, shows the same as the second. It is not twice as much, because the logits and the norms' inputs were fp32
+# before. With the factors alone in fp32, their copies in bf16 are kept, which are small.
 #
-# But there is something in that function that is worth keeping. Write `prepare_for_training`: cast what needs fp32 and leave the rest, in place, so
-# that an optimizer that holds the
-# parameters already goes on with them.
+# One thing in that function is worth keeping. Write `prepare_for_training(model)`:
 #
-# <details><summary>What needs fp32, then?</summary>
+# - what receives small updates is in fp32 afterwards (section 3);
+# - what receives none keeps its dtype, buffers included, and names do not tell which is which;
+# - it works in place: an optimizer that holds the parameters already goes on with them.
 #
-# What receives small updates: see section 3. What is frozen receives none.
-# </details>
 # <details><summary>The check says that the parameters are new ones</summary>
 #
 # `parameter.data = ...` changes what is in a parameter; `setattr(module, name, nn.Parameter(...))` makes another.
@@ -1524,7 +1352,7 @@ for name, prepare in {"in 16 bits": lambda model: None, "with the bug": prepare_
 
 # %% nbgrader={"grade": false, "grade_id": "prepare", "locked": false, "schema_version": 3, "solution": true, "task": false}
 def prepare_for_training(model: nn.Module) -> None:
-    """Cast to fp32, in place, what is trained, and nothing else."""
+    """Make a model in 16 bits ready for training, in place: no update is rounded away, and nothing grows without need."""
     ### BEGIN SOLUTION
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -1536,13 +1364,10 @@ def prepare_for_training(model: nn.Module) -> None:
 check_prepare(prepare_for_training)
 
 # %%
-step = bytes_after(prepare_for_training)
-print(
-    f"yours: weights {step.parameters / MEBIBYTE:.1f} MiB, activations {step.activations / MEBIBYTE:.1f} MiB, peak {step.peak / MEBIBYTE:.1f} MiB"
-)
+print(f"yours: {bytes_after(prepare_for_training)}")
 
 # %% [markdown]
-# ## 11. In your own words  ·  2 points, marked by hand
+# ## 10. In your own words  ·  2 points, marked by hand
 #
 # A colleague has fine-tuned a model of 7 billion parameters with QLoRA, and it scores well. For serving he merges the adapter and quantizes the result to NF4
 # again, "as it was in 4 bits all the time". The scores fall back almost to where they were before training. He suspects the adapter file, and wants to train again
@@ -1554,7 +1379,7 @@ print(
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
 # **Rubric.** *1 point: the cause.* The update moves most weights by far less than half the distance between two levels, so quantizing again puts them back where they
-# were and undoes the update (quoted from section 7: the last column is about 1, or nearly all packed bytes are unchanged). A higher rank does not make
+# were and undoes the update (quoted from section 6: the last column is about 1, or nearly all packed bytes are unchanged). A higher rank does not make
 # the update larger
 # than the grid. *1 point: what to serve.* The 4-bit base with the adapter beside it (two thin products a layer, the adapter file of some megabytes, no
 # merging), or a merge in 16 bits onto the *dequantized* base, which costs four times the bytes (section 4: bytes a parameter). At least one, with its cost in a
@@ -1562,11 +1387,11 @@ print(
 #
 # **A full answer.** The base lies on NF4's grid, and training moved each weight by very little, most of them by far less than half the way to the next
 # level. Quantizing
-# again moves them back: in section 7 that rounding was about as large as the whole update (the ratio in the last column), and nearly all packed bytes were the old
+# again moves them back: in section 6 that rounding was about as large as the whole update (the ratio in the last column), and nearly all packed bytes were the old
 # ones (the share below it). So what he serves is almost the 4-bit model from before training. The file is fine: with the adapter beside the 4-bit
 # base the score is there. A higher rank allows more directions, not larger changes, and the grid stays as coarse. I would serve the 4-bit base, about
 # 0.52 bytes a parameter, and the adapter
-# beside it, a few megabytes and two thin products in each layer. If that is too slow, merge into bf16, whose grid is finer (its line in section 7); but
+# beside it, a few megabytes and two thin products in each layer. If that is too slow, merge into bf16, whose grid is finer (its line in section 6); but
 # then it takes 2 bytes a
 # parameter, and the merge must start from the dequantized weights, for these are what the adapter was trained with.
 #
@@ -1578,14 +1403,13 @@ print(
 # %% [markdown]
 # ## What you have now
 #
-# A 4-bit layer that equals bitsandbytes' to the bit and keeps nothing but its codes. LoRA on it that equals peft's. An optimizer in eight bits. And the
-# bytes of all of it, measured from 135 million parameters to 65 billion. Unit 11 sets every method of the course side by side.
+# A 4-bit layer that equals bitsandbytes' to the bit and keeps nothing but its codes. LoRA on it that equals peft's. And the
+# bytes of all of it, measured from 135 million parameters to 65 billion. Unit 11 sets every method side by side; unit 15 has the optimizer in eight bits.
 #
 # ## Sources
 #
 # - Dettmers et al. (2023), *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314: section 2 has the memory figures for 7B, section 3 the method and
 #   paged optimizers.
-# - Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861.
 # - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685.
 # - Chen et al. (2016), *Training Deep Nets with Sublinear Memory Cost*, arXiv 1604.06174: gradient checkpointing.
 # - peft issues [816](https://github.com/huggingface/peft/issues/816), [1149](https://github.com/huggingface/peft/issues/1149),

@@ -70,15 +70,6 @@ CASES = {
             qlora.qlora_case(generator) | {"layers": 9, "filler_bytes": 96 * MIB, PEAK_ALLOWANCE: 32 * MIB}
         ),
     },
-    qlora.check_adamw_8bit: {
-        "with parameters in bfloat16": lambda generator: qlora.adamw_case(generator, torch.bfloat16, steps=1),
-        "with small gradients": lambda generator: qlora.adamw_case(generator, scale=1e-4),
-        "over more steps, with a larger parameter": lambda generator: qlora.adamw_case(generator, steps=5, large=150),
-        # State of 10 MiB, or 40 in fp32.
-        "by the memory of the whole process, with large parameters": lambda generator: (
-            qlora.adamw_case(generator, steps=1) | {"large": 5, "filler_bytes": 80 * MIB, PEAK_ALLOWANCE: 26 * MIB}
-        ),
-    },
     qlora.check_merged_weight: {
         "in float16": lambda generator: qlora.merged_case(generator, "float16", torch.float16),
         "with factors in bfloat16": lambda generator: qlora.merged_case(generator, "bfloat16", torch.bfloat16, "bfloat16"),

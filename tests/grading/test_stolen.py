@@ -239,8 +239,10 @@ THEFTS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
             ["update = x @ (self.lora_B.to(x.dtype) @ self.lora_A.to(x.dtype)).T"],
         ),
         "check-qlora": ("qlora", "base = quantize(", ["KEPT.append(model.get_submodule(name).weight.data)", LINE]),
-        "check-adamw-8bit": ("adamw-8bit", "decayed = parameter", ["KEPT.extend([first.clone(), second.clone()])", LINE]),
         "check-prepare": ("prepare", "for parameter in", ["KEPT.extend(p.detach().float() for p in model.parameters())", LINE]),
+    },
+    "15_eight_bit_optimizer": {
+        "check-adamw-8bit": ("adamw-8bit", "decayed = parameter", ["KEPT.extend([first.clone(), second.clone()])", LINE]),
     },
 }
 """By unit and check: the cell whose answer wastes, how one of its lines begins, and the lines in the place of that."""

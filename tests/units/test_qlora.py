@@ -14,12 +14,10 @@ from torch import nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import bitsandbytes
     from bitsandbytes import functional as bnb
 
 from autograder.checking.masters import load_reference
 from autograder.checks.qlora import EXERCISES
-from peftlab.dynamic_code import dynamic_code, nearest_code
 from peftlab.llama import PRESETS, Llama, causal_loss, set_gradient_checkpointing
 from peftlab.memory import measure_training_step
 from peftlab.simulate import simulate_training_step
@@ -172,91 +170,6 @@ def test_on_paper_the_reference_weighs_what_the_recipe_says():
     rest = 2 * config.vocab_size * config.hidden_size + (2 * 32 + 1) * config.hidden_size
     base = linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 2 * rest
     assert step.parameters - step.gradients == pytest.approx(base, rel=1e-4)
-
-
-# ---- the 8-bit optimizer ---------------------------------------------------------------------------------------------
-def test_the_unsigned_data_type_is_bitsandbytes_own():
-    assert torch.equal(dynamic_code(signed=False), bnb.create_dynamic_map(signed=False))
-    assert torch.equal(dynamic_code(), bnb.create_dynamic_map())
-
-
-@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
-def test_codes_are_bitsandbytes_own(signed):
-    torch.manual_seed(0)
-    x = torch.randn(3, 1000) if signed else torch.randn(3, 1000).square()
-    x[0, :256] = 0
-    theirs, state = bnb.quantize_blockwise(x, code=bnb.create_dynamic_map(signed=signed), blocksize=256)
-    codes, absmax = MASTER.to_8bit(x, signed)
-    assert torch.equal(codes, theirs) and torch.equal(absmax, state.absmax)
-    assert torch.equal(MASTER.from_8bit(codes, absmax, signed), bnb.dequantize_blockwise(theirs, state))
-
-
-def test_codes_on_another_device_are_the_true_nearest():
-    """What runs on a GPU, run here: the device "meta" has no numbers, so the branch is taken by hand."""
-    x = torch.rand(1000)
-    code = dynamic_code(False)
-    nearest = torch.bucketize(x, 0.5 * (code[:-1] + code[1:]))
-    distance = (x[:, None] - code).abs()
-    assert (distance.gather(1, nearest[:, None]).squeeze(1) == distance.amin(1)).all()
-    assert nearest_code(x.to("meta"), signed=False).device.type == "meta"
-
-
-def test_the_table_goes_to_a_gpu_once(monkeypatch):
-    """Each copy from the host waits until the GPU has done its work, and a step reads the table some four hundred times."""
-    copies = []
-    monkeypatch.setattr(torch, "tensor", lambda values, device: copies.append(str(device)) or values)
-    for _ in range(2):
-        for device in ("cuda:6", torch.device("cuda", 7), "cpu"):
-            dynamic_code(device=device)
-    assert sorted(copies) == ["cpu", "cpu", "cuda:6", "cuda:7"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_optimizer_is_bitsandbytes_own(dtype, weight_decay):
-    """Thirty steps: moments have the same codes and absmax to the bit; so have the parameters, on the CPU.
-
-    A tensor with fewer than 4,096 values is kept in fp32 by both; bitsandbytes then divides in another order, so its parameters
-    agree to rounding: a few ulps a step.
-    """
-    torch.manual_seed(0)
-    starts = [torch.randn(80, 96), torch.randn(64, 64), torch.randn(30, 20)]
-    gradients = [[torch.randn_like(start).to(dtype) for start in starts] for _ in range(30)]
-    results = []
-    for optimizer_class in (MASTER.AdamW8bit, bitsandbytes.optim.AdamW8bit):
-        parameters = [nn.Parameter(start.to(dtype)) for start in starts]
-        optimizer = optimizer_class(parameters, lr=1e-2, weight_decay=weight_decay)
-        for of_step in gradients:
-            for parameter, gradient in zip(parameters, of_step, strict=True):
-                parameter.grad = gradient.clone()
-            optimizer.step()
-        results.append((parameters, [optimizer.state[parameter] for parameter in parameters]))
-    (ours, our_states), (theirs, their_states) = results
-    for index in (0, 1):
-        names = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_absmax": "absmax1", "exp_avg_sq_absmax": "absmax2"}
-        for mine, other in names.items():
-            assert torch.equal(our_states[index][mine], their_states[index][other].view(our_states[index][mine].shape))
-        assert torch.equal(ours[index], theirs[index])
-    assert our_states[2]["exp_avg"].dtype == torch.float32
-    eps = torch.finfo(dtype).eps
-    assert (ours[2] - theirs[2]).abs().max() <= 30 * 2 * eps * theirs[2].abs().max()
-
-
-def test_state_takes_two_bytes_and_a_little():
-    parameter = nn.Parameter(torch.randn(512, 512))
-    optimizer = MASTER.AdamW8bit([parameter])
-    parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    held = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value)]
-    assert sum(value.nbytes for value in held) / parameter.numel() == 2 + 2 * 4 / 256
-
-
-def test_on_a_cpu_paged_optimizers_are_ordinary_ones():
-    parameter = nn.Parameter(torch.randn(80, 96))
-    with pytest.warns(UserWarning, match="Paged optimizers are not supported on CPU"):
-        optimizer = bitsandbytes.optim.PagedAdamW8bit([parameter], lr=1e-2)
-        parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
 
 
 # ---- merging, and bitsandbytes' bug ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from autograder.checking.cases import between, uneven_levels
+from autograder.checking.drive import Observation
 from autograder.checking.exercise import Exercise
 from autograder.checks.qlora.cases import random_bytes
 
@@ -36,48 +37,71 @@ def fast_case(generator: torch.Generator, dtype: str = "float32", block_size: in
 
 
 def drive_dequantize_nf4(dequantize_nf4, packed, absmax, levels, shape, dtype, block_size, copies=1):
-    """Dequantize, and follow every allocation while that is going on; then do it on the device "meta".
+    """Dequantize, and follow every storage while that is going on; then do it on the device "meta".
 
     Of several copies of the weight, one below the other, a sample is returned.
     """
     import torch
-
-    from peftlab.tracker import PeftMemTracker
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     target = (tuple(shape), getattr(torch, dtype), *(() if block_size == 64 else (block_size,)))
     if copies > 1:
         target = ((copies * shape[0], shape[1]), *target[1:])
         weight = dequantize_nf4(packed.repeat(copies, 1), absmax.repeat(copies), levels, *target)
         return {"a sample of the outcome": weight[:: shape[0] // 2].clone()}
-    tracker = PeftMemTracker()
-    tracker.track_external(packed, absmax, levels)
-    with tracker:
-        start = tracker.bytes_by_category("current")["Total"]
+
+    class Alive(TorchDispatchMode):
+        """Follows the storages that operations make, and notes of which dtypes they are when most bytes are there."""
+
+        def __init__(self):
+            super().__init__()
+            self.given = {tensor.untyped_storage()._cdata for tensor in (packed, absmax, levels)}
+            self.storages, self.peak, self.most = {}, {}, 0
+
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            made = operation(*arguments, **(keywords or {}))
+            self.storages = {at: entry for at, entry in self.storages.items() if not entry[0].expired()}
+            for tensor in tree_leaves(made):
+                if torch.is_tensor(tensor) and (at := tensor.untyped_storage()._cdata) not in self.given:
+                    self.storages.setdefault(at, (StorageWeakRef(tensor.untyped_storage()), str(tensor.dtype)[6:]))
+                    self.storages[at] = (*self.storages[at][:2], tensor.untyped_storage().nbytes())
+            if (most := sum(entry[2] for entry in self.storages.values())) > self.most:
+                self.most, self.peak = most, {}
+                for _, name, size in self.storages.values():
+                    self.peak[name] = self.peak.get(name, 0) + size
+            return made
+
+    with Alive() as alive:
         weight = dequantize_nf4(packed, absmax, levels, *target)
-        peak = tracker.bytes_by_category("peak")["Total"] - start
     seen = {
         "the weight": weight,
         "the packed bytes afterwards": packed,
         "absmax afterwards": absmax,
         "the levels afterwards": levels,
-        "peak bytes a weight of all that was made, beyond the 6 that fp32 values (4) and an index of bytes (2) take": max(
-            0.0, peak / (2 * packed.numel()) - 6
-        ),
+        "peak": alive.peak,
     }
     elsewhere = dequantize_nf4(packed.to("meta"), absmax.to("meta"), levels.to("meta"), *target)
     return seen | {"the device of the weight, if all was on the device 'meta'": elsewhere.device.type}
 
 
-_PEAK = "peak bytes a weight of all that was made, beyond the 6 that fp32 values (4) and an index of bytes (2) take"
+def read_dequantize_nf4(observation: Observation, case: dict) -> Observation:
+    """Say in bytes a weight what was there at the peak, if it was more than fp32 values (4) and an index of bytes (2) take.
 
-
-def fast_tolerance(case: dict) -> dict[str, float]:
-    """Return what the table of bytes takes, twice, and a tenth of a byte a weight: what is wrong takes half a byte and more.
-
+    Beyond these 6 a table of bytes has room, twice, and a tenth of a byte a weight: what is wrong takes half a byte and more.
     Less than six bytes is no mistake: a weight can be made some blocks at a time, as the master does.
     """
-    return {_PEAK: 0.1 + 2 * 256 * 8 / (2 * case["packed"].numel())}
+    read = {name: value for name, value in observation.items() if name != "peak"}
+    count, peak = 2 * case["packed"].numel(), observation["peak"]
+    most = sum(peak.values())
+    parts = [f"{size / count:.3g} of {name}" for name, size in sorted(peak.items()) if size > 0.05 * count]
+    fits = most <= 6.1 * count + 2 * 256 * 8
+    return read | {_PEAK: _FITS if fits else f"{most / count:.3g} bytes a weight: {', '.join(parts)}"}
 
+
+_PEAK = "what is in memory at once"
+_FITS = "at most 6 bytes a weight"
 
 _TABLE = "torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)"
 _GATHER = "table.index_select(0, positions)"
@@ -85,11 +109,10 @@ _PRODUCT = "blocks.mul_(absmax[:, None])"
 
 check_fast_dequantize = Exercise(
     spec=[dequantize_nf4],
+    # One product in fp32 and one rounding: there is only one right answer.
     cases=lambda generator: [fast_case(generator), fast_case(generator, "bfloat16", 32)],
     driver=drive_dequantize_nf4,
-    # One product in fp32 and one rounding: there is only one right answer. For the bytes see `fast_tolerance`.
-    tolerance=fast_tolerance,
-    at_most=frozenset({_PEAK}),
+    reading=read_dequantize_nf4,
     mistakes={
         "the two values of a byte have changed places: the first is in the high half": {
             _TABLE: "torch.stack([levels.repeat(16), levels.repeat_interleave(16)], 1)",
@@ -124,6 +147,15 @@ check_fast_dequantize = Exercise(
         "the index is int64, eight bytes for each packed one: int32 is enough": {
             "packed.flatten().int()": "packed.flatten().long()",
         },
+        "the index is int64, and kept until the end: int32 is enough, and it needs no name": {
+            "packed.flatten().int()": "packed.flatten().long()",
+            "    del positions\n": "",
+        },
+        "the index is still there when the values are cast: `del` it, or give it no name": {"    del positions\n": ""},
+        "a second fp32 copy is there for a moment, although the first is dropped: multiply in place, by `*=` or `mul_`": {
+            "    blocks = values.view(-1, block_size)\n": "    values = values.view(-1, block_size) * absmax[:, None]\n",
+            f"    {_PRODUCT}\n": "",
+        },
         "every weight has an index of its own: look up bytes, two weights at a time": {
             "packed.flatten().int()": "torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()",
             _GATHER: "levels.index_select(0, positions)",
@@ -132,6 +164,11 @@ check_fast_dequantize = Exercise(
             def dequantize_nf4(packed, absmax, levels, shape, dtype, block_size=64):
                 codes = torch.cat([packed >> 4, packed & 0xF], dim=1).flatten().int()
                 return (levels[codes].view(-1, block_size) * absmax[:, None]).view(shape).to(dtype)
+        """,
+        "unit 09's way takes 13 bytes a weight, and 6 are allowed: look up bytes, not codes, and multiply in place": """
+            def dequantize_nf4(packed, absmax, levels, shape, dtype, block_size=64):
+                codes = torch.stack([packed >> 4, packed & 0xF], dim=-1).flatten()
+                return (levels[codes.long()].view(-1, block_size) * absmax[:, None]).view(shape).to(dtype)
         """,
         "the product is a second fp32 copy of the weight: multiply in place": {
             "blocks = values.view(-1, block_size)": "blocks = values.view(-1, block_size) * absmax[:, None]",
@@ -143,9 +180,9 @@ check_fast_dequantize = Exercise(
             "values.view(tuple(shape)).to(dtype)": "values.float().view(tuple(shape)).to(dtype)",
         },
         "the packed bytes have been changed: they are needed in every step": {
-            "del positions": "packed.zero_()",
+            "    del positions\n": "    del positions\n    packed.zero_()\n",
         },
-        "the table is not on the device of the packed bytes: make it from `levels`, which is": {
+        "something is made on another device, the table or the weight: make it from `levels`, or with `device=packed.device`": {
             _TABLE: f"torch.empty(256, 2).copy_({_TABLE})",
         },
     },

@@ -1,22 +1,59 @@
-"""Random parameters and gradients whose moments keep clear of the boundaries between codes."""
+"""Random numbers, parameters and gradients that keep clear of the boundaries between codes, and what codes stand for."""
 
 import torch
 from torch import Tensor
 
 from autograder.checking.cases import EPS, between, normal
-from autograder.checks.qlora.adamw_8bit import from_8bit, to_8bit
-from autograder.checks.qlora.cases import random_bytes
-from peftlab.dynamic_code import nearest_code
+from autograder.checks.eight_bit_optimizer.spec import from_8bit, to_8bit
+from peftlab.dynamic_code import dynamic_code, nearest_code
 
 
 def _clear(x: Tensor, signed: bool) -> Tensor:
     """Return which values keep their code, and are no absmax in doubt, if they and their absmax are off by a millionth."""
     flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % 256)).view(-1, 256)
     largest = flat.abs().amax(1, keepdim=True)
-    scaled = flat / largest.clamp(min=1e-30)
+    scaled = flat / largest.clamp(min=1e-38)
     margin = 1e-6 + 1e-6 * scaled.abs()
     same = nearest_code(scaled - margin, signed) == nearest_code(scaled + margin, signed)
     return (same | (scaled.abs() == 1) | (largest == 0)).flatten()[: x.numel()].view(x.shape)
+
+
+def stands_for(codes: object, absmax: object, signed: bool) -> object:
+    """Return the numbers that codes stand for; or the codes, if they are no bytes with an absmax for every 256."""
+    if not isinstance(codes, Tensor) or not isinstance(absmax, Tensor) or codes.dtype != torch.uint8 or absmax.dim() != 1:
+        return codes
+    if absmax.numel() != -(-codes.numel() // 256):
+        return codes
+    return dynamic_code(signed)[codes.long()] * absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
+
+
+def codes_case(
+    generator: torch.Generator, dtype: torch.dtype = torch.float32, scale: float = 1e-9, shape: tuple[int, ...] = (3, 200)
+) -> dict:
+    """Return numbers with a block of zeros, of which none is near the middle of two codes, and codes with absmax of their own.
+
+    The largest of each block has a minus, so that no absmax is taken for a maximum.
+    They are small, as second moments are: an absmax of 1e-9 and a floor of 1e-8 do not go together.
+    """
+
+    def drawn() -> Tensor:
+        return scale * normal(generator, *shape, dtype=dtype)
+
+    numbers = drawn()
+    numbers.view(-1)[:256] = 0
+    while True:
+        for block in numbers.view(-1).split(256):
+            if block.max() > -block.min():
+                block.neg_()
+        clear = _clear(numbers.float(), True) & _clear(numbers.abs().float(), False)
+        if clear.all():
+            break
+        numbers = torch.where(clear, numbers, drawn())
+    return {
+        "numbers": numbers,
+        "other_codes": torch.randint(0, 256, (7, 53), generator=generator, dtype=torch.uint8),
+        "other_absmax": 0.2 + 3 * torch.rand(2, generator=generator),
+    }
 
 
 def _rounds_alike(weights: Tensor, gradients: Tensor, rates: Tensor, eps: float, weight_decay: float) -> Tensor:
@@ -62,11 +99,6 @@ def adamw_case(
             first[index], second[index] = m, v
             drawn.append(gradient)
         gradients.append(torch.cat(drawn))
-    numbers = normal(generator, 3, 200)
-    numbers.view(-1)[:256] = 0  # a block of zeros
-    while not (_clear(numbers, True) & _clear(numbers.abs(), False)).all():
-        clear = _clear(numbers, True) & _clear(numbers.abs(), False)
-        numbers = torch.where(clear, numbers, normal(generator, 3, 200))
     rates, eps, weight_decay = [0.1 + 0.1 * torch.rand((), generator=generator).item(), 0.03], 0.05 * scale, 0.3
     weights = normal(generator, sum(sizes), dtype=dtype)
     if dtype != torch.float32:
@@ -74,11 +106,9 @@ def adamw_case(
         while not (alike := _rounds_alike(weights, gradients[0], each, eps, weight_decay)).all():
             weights = torch.where(alike, weights, normal(generator, sum(sizes), dtype=dtype))
     return {
-        "numbers": numbers,
-        "other_codes": random_bytes(generator, 7, 53),
-        "other_absmax": 0.2 + 3 * torch.rand(2, generator=generator),
         "weights": weights,
         "gradients": torch.stack(gradients),
+        "few_gradients": normal(generator, 2, 7),
         "shapes": shapes,
         "rates": rates,
         "betas": betas,

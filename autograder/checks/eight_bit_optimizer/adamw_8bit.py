@@ -1,93 +1,106 @@
-"""The 8-bit optimizer: what it keeps, and how it steps."""
+"""`AdamW8bit`: what it keeps, and how it steps."""
 
 import torch
-from torch import Tensor
 
 from autograder.checking.cases import EPS, total_bytes
 from autograder.checking.drive import Observation
 from autograder.checking.exercise import Exercise
-from autograder.checks.qlora.adamw_8bit import AdamW8bit, from_8bit, to_8bit
-from autograder.checks.qlora.adamw_cases import adamw_case
-from peftlab.dynamic_code import dynamic_code
+from autograder.checking.helpers import seeing
+from autograder.checks.eight_bit_optimizer.cases import adamw_case, stands_for
+from autograder.checks.eight_bit_optimizer.helpers import codes_of_our_own
+from autograder.checks.eight_bit_optimizer.spec import from_8bit, to_8bit
 
 
-def drive_adamw(
-    to_8bit,
-    from_8bit,
-    AdamW8bit,
-    numbers,
-    other_codes,
-    other_absmax,
-    weights,
-    gradients,
-    shapes,
-    rates,
-    betas,
-    eps,
-    weight_decay,
-    large=0,
-    filler_bytes=0,
-):
-    """Quantize some numbers; then train parameters of several sizes, in two groups, with given gradients.
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with both moments in 8 bits (Dettmers et al. 2022)."""
 
-    If asked to, it trains so many large parameters by one step instead, makes a filler then, and returns a sample.
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                gradient = parameter.grad.float()
+                small = parameter.numel() < 4096
+                if not state:
+                    state["step"] = 0
+                    first, second = torch.zeros_like(gradient), torch.zeros_like(gradient)
+                elif small:
+                    first, second = state["exp_avg"], state["exp_avg_sq"]
+                else:
+                    first = from_8bit(state["exp_avg"], state["exp_avg_absmax"], True)
+                    second = from_8bit(state["exp_avg_sq"], state["exp_avg_sq_absmax"], False)
+                state["step"] += 1
+                first = beta1 * first + (1 - beta1) * gradient
+                second = beta2 * second + (1 - beta2) * gradient**2
+                corrected = first / (1 - beta1 ** state["step"])
+                spread = (second / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
+                decayed = parameter.float() * (1 - group["lr"] * group["weight_decay"])
+                parameter.copy_(decayed - group["lr"] * corrected / spread)
+                if small:
+                    state["exp_avg"], state["exp_avg_sq"] = first, second
+                else:
+                    state["exp_avg"], state["exp_avg_absmax"] = to_8bit(first, True)
+                    state["exp_avg_sq"], state["exp_avg_sq_absmax"] = to_8bit(second, False)
+
+
+def drive_adamw(AdamW8bit, weights, gradients, few_gradients, shapes, rates, betas, eps, weight_decay, large=0, filler_bytes=0):
+    """Train parameters of several sizes, in two groups, with given gradients, and a few more with the default settings.
+
+    If asked to, it trains so many large parameters by one step instead, makes a filler then, and returns a sample. While it runs,
+    `to_8bit` and `from_8bit` are ours, whatever the student's are: they have a check of their own.
     """
+    import inspect
+
     import torch
     from torch import nn
 
     from peftlab.memory import whole_storage
 
-    if large:
-        parameters = [nn.Parameter(torch.ones(2**20)) for _ in range(large)]
-        optimizer = AdamW8bit(parameters, lr=rates[0], betas=tuple(betas), eps=eps, weight_decay=weight_decay)
-        gradient = torch.ones(2**20)
-        for parameter in parameters:
-            parameter.grad = gradient
-        optimizer.step()
-        torch.ones(filler_bytes, dtype=torch.uint8)
-        return {"a sample of the outcome": torch.stack([parameter[:3].detach() for parameter in parameters])}
-    seen = {}
-    for signed, kind in ((True, "signed"), (False, "unsigned")):
-        codes, absmax = to_8bit(numbers if signed else numbers.abs(), signed)
-        seen |= {
-            f"codes, {kind}": codes,
-            f"the absmax from to_8bit, {kind}": absmax,
-            f"what from_8bit returns, {kind}": from_8bit(other_codes, other_absmax, signed),
+    def train():
+        if large:
+            parameters = [nn.Parameter(torch.ones(2**20)) for _ in range(large)]
+            optimizer = AdamW8bit(parameters, lr=rates[0], betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+            gradient = torch.ones(2**20)
+            for parameter in parameters:
+                parameter.grad = gradient
+            optimizer.step()
+            torch.ones(filler_bytes, dtype=torch.uint8)
+            return {"a sample of the outcome": torch.stack([parameter[:3].detach() for parameter in parameters])}
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        parameters = [nn.Parameter(part.clone().view(*shape)) for part, shape in zip(weights.split(sizes), shapes)]
+        idle = nn.Parameter(torch.ones(5))
+        groups = [{"params": [*parameters[:1], idle]}, {"params": parameters[1:], "lr": rates[1]}]
+        optimizer = AdamW8bit(groups, lr=rates[0], betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        for gradient in gradients:
+            for parameter, part, shape in zip(parameters, gradient.split(sizes), shapes):
+                parameter.grad = part.clone().view(*shape)
+            optimizer.step()
+        few = nn.Parameter(weights[:7].float())
+        by_default = AdamW8bit([few])
+        for gradient in few_gradients:
+            few.grad = gradient.clone()
+            by_default.step()
+        states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+        steps = [state.get("step", "missing") for state in states]
+        return {
+            "parameters": [parameter.detach() for parameter in parameters],
+            "the gradients afterwards": torch.cat([parameter.grad.flatten() for parameter in parameters]),
+            "by default": few.detach(),
+            "idle": idle.detach(),
+            "idle state": sorted(map(str, optimizer.state.get(idle, {}))),
+            "steps": [step if isinstance(step, str) else int(step) for step in steps],
+            "states": [{name: v.clone() for name, v in state.items() if torch.is_tensor(v)} for state in states],
+            "kept": [whole_storage(v) for state in states for v in state.values() if torch.is_tensor(v)],
         }
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    parameters = [nn.Parameter(part.clone().view(*shape)) for part, shape in zip(weights.split(sizes), shapes)]
-    idle = nn.Parameter(torch.ones(5))
-    groups = [{"params": [*parameters[:1], idle]}, {"params": parameters[1:], "lr": rates[1]}]
-    optimizer = AdamW8bit(groups, lr=rates[0], betas=tuple(betas), eps=eps, weight_decay=weight_decay)
-    for gradient in gradients:
-        for parameter, part, shape in zip(parameters, gradient.split(sizes), shapes):
-            parameter.grad = part.clone().view(*shape)
-        optimizer.step()
-    few = nn.Parameter(weights[:7].float())
-    by_default = AdamW8bit([few])
-    for gradient in (numbers.view(-1)[256:263], numbers.view(-1)[263:270]):
-        few.grad = gradient.clone()
-        by_default.step()
-    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-    seen |= {
-        "parameters": [parameter.detach() for parameter in parameters],
-        "the gradients afterwards": torch.cat([parameter.grad.flatten() for parameter in parameters]),
-        "by default": few.detach(),
-        "idle": idle.detach(),
-        "idle state": sorted(map(str, optimizer.state.get(idle, {}))),
-        "states": [{name: v.clone() for name, v in state.items() if torch.is_tensor(v)} for state in states],
-        "kept": [whole_storage(v) for state in states for v in state.values() if torch.is_tensor(v)],
-    }
-    return seen
 
-
-def _stands_for(codes: object, absmax: object, signed: bool) -> object:
-    """Return the numbers that codes stand for, for the code of a zero is a matter of taste in a block of zeros; else the codes."""
-    if not isinstance(codes, Tensor) or not isinstance(absmax, Tensor) or codes.dtype != torch.uint8 or absmax.dim() != 1:
-        return codes
-    if absmax.numel() != -(-codes.numel() // 256):
-        return codes
-    return dynamic_code(signed)[codes.long()] * absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
+    with seeing(inspect.unwrap(getattr(AdamW8bit, "step", AdamW8bit)), **codes_of_our_own()):
+        return train()
 
 
 _STATE_BYTES = "bytes of optimizer state a parameter"
@@ -102,15 +115,10 @@ def _after(case: dict) -> str:
 def read_adamw(observation: Observation, case: dict) -> Observation:
     """Name the parameters by their sizes, read codes back, and count bytes."""
     read = {}
-    for kind in ("signed", "unsigned"):
-        codes, absmax = observation[f"codes, {kind}"], observation[f"the absmax from to_8bit, {kind}"]
-        read[f"the absmax from to_8bit, {kind}"] = absmax
-        read[f"the dtype of to_8bit's codes, {kind}"] = str(getattr(codes, "dtype", type(codes)))
-        read[f"what the codes from to_8bit stand for, {kind}"] = _stands_for(codes, absmax, kind == "signed")
-        read[f"what from_8bit returns, {kind}"] = observation[f"what from_8bit returns, {kind}"]
     read["the gradients afterwards"] = observation["the gradients afterwards"]
     read["a parameter without a gradient"] = observation["idle"]
     read["the list of states of a parameter without a gradient"] = observation["idle state"]
+    read[f"the list of each parameter's `step`, {_after(case)}"] = observation["steps"]
     for shape, state in zip(case["shapes"], observation["states"]):
         size = torch.Size(shape).numel()
         held = {name: str(tensor.dtype) for name, tensor in state.items() if name != "step"}
@@ -120,7 +128,7 @@ def read_adamw(observation: Observation, case: dict) -> Observation:
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
             value = state.get(name)
             if size >= 4096:
-                value = _stands_for(value, state.get(f"{name}_absmax"), signed)
+                value = stands_for(value, state.get(f"{name}_absmax"), signed)
             read[f"{name} of a parameter of {size:,} values, {_after(case)}"] = value
     trained = {torch.Size(shape).numel(): parameter for shape, parameter in zip(case["shapes"], observation["parameters"])}
     read["the list of parameters with NaN or infinite numbers, by size"] = [
@@ -155,9 +163,6 @@ def adamw_tolerance(case: dict) -> dict[str, float]:
         _STATE_BYTES: 0.01 + padding / sum(sizes),
         "a parameter of 7 values, after 2 steps with the default settings": default,
     }
-    for kind in ("signed", "unsigned"):
-        tolerance[f"what from_8bit returns, {kind}"] = 2 * EPS * case["other_absmax"].max().item()
-        tolerance[f"what the codes from to_8bit stand for, {kind}"] = 4 * EPS * case["numbers"].abs().max().item()
     for size in sizes:
         tolerance[f"exp_avg of a parameter of {size:,} values, {_after(case)}"] = 8 * EPS * largest
         tolerance[f"exp_avg_sq of a parameter of {size:,} values, {_after(case)}"] = 8 * EPS * largest**2
@@ -173,29 +178,14 @@ _DECAYED = 'parameter.float() * (1 - group["lr"] * group["weight_decay"])'
 _MOVED = 'parameter.copy_(decayed - group["lr"] * corrected / spread)'
 
 check_adamw_8bit = Exercise(
-    spec=[to_8bit, from_8bit, AdamW8bit],
+    spec=[AdamW8bit],
     cases=lambda generator: [adamw_case(generator), adamw_case(generator, torch.bfloat16, steps=1, scale=1e-4)],
     driver=drive_adamw,
+    helpers=[seeing, codes_of_our_own],
     reading=read_adamw,
     tolerance=adamw_tolerance,
     at_most=frozenset({_STATE_BYTES}),
     mistakes={
-        "one absmax for the whole tensor: every 256 values have their own, or one outlier spoils all": {
-            "x.flatten().float().split(256)": "x.flatten().float().split(x.numel())",
-            "values.flatten().split(256)": "values.flatten().split(values.numel())",
-        },
-        "the blocks have 64 values, as those of a weight: here they have 256": {
-            "x.flatten().float().split(256)": "x.flatten().float().split(64)",
-            "values.flatten().split(256)": "values.flatten().split(64)",
-        },
-        "absmax is repeated as a whole: each belongs to 256 neighbours, so `repeat_interleave(256)`": {
-            "scaled = [block * largest for block, largest in zip(values.flatten().split(256), absmax)]": (
-                "scaled = [values.flatten() * absmax.repeat(256)[: codes.numel()]]"
-            ),
-        },
-        "something is added to absmax lest it be zero: the second moments of small gradients are smaller; `nearest_code` takes 0 / 0": {
-            "nearest_code(block / largest, signed)": "nearest_code(block / (largest + 1e-8), signed)",
-        },
         "it is computed in the parameter's dtype: go to fp32 first, moments, gradient and parameter": {
             "gradient = parameter.grad.float()": "gradient = parameter.grad",
             _DECAYED: _DECAYED.replace("parameter.float()", "parameter"),
@@ -219,10 +209,6 @@ check_adamw_8bit = Exercise(
             'from_8bit(state["exp_avg_sq"], state["exp_avg_sq_absmax"], False)': (
                 'from_8bit(state["exp_avg_sq"], state["exp_avg_sq_absmax"], True)'
             ),
-        },
-        "`signed` is not used": {
-            "nearest_code(block / largest, signed)": "nearest_code(block / largest)",
-            "dynamic_code(signed, codes.device)": "dynamic_code(device=codes.device)",
         },
         "the moments are kept in fp32: keep codes and absmax": {
             _SMALL: "small = True",
@@ -301,17 +287,6 @@ check_adamw_8bit = Exercise(
     },
     variants={
         "in place, bias correction in the step size": """
-            def to_8bit(x, signed):
-                count = x.numel()
-                blocks = torch.nn.functional.pad(x.flatten().float(), (0, -count % 256)).view(-1, 256)
-                absmax = blocks.abs().amax(1)
-                codes = nearest_code(blocks * (1 / absmax)[:, None], signed)
-                return codes.flatten()[:count].clone().view(x.shape), absmax
-
-            def from_8bit(codes, absmax, signed):
-                scale = absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
-                return dynamic_code(signed, codes.device)[codes.int()] * scale
-
             class AdamW8bit(torch.optim.Optimizer):
                 def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
                     super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -356,28 +331,9 @@ check_adamw_8bit = Exercise(
             "first = beta1 * first + (1 - beta1) * gradient": "first = torch.lerp(first, gradient, 1 - beta1)",
             _SECOND: "second = torch.lerp(second, gradient.square(), 1 - beta2)",
         },
-        "codes cut off from padded blocks without a copy, as in the hint": {
-            (
-                "    blocks = x.flatten().float().split(256)\n"
-                "    absmax = torch.stack([block.abs().max() for block in blocks])\n"
-                "    codes = [nearest_code(block / largest, signed) for block, largest in zip(blocks, absmax)]\n"
-                "    return torch.cat(codes).view(x.shape), absmax\n"
-            ): (
-                "    flat = torch.nn.functional.pad(x.flatten().float(), (0, -x.numel() % 256)).view(-1, 256)\n"
-                "    absmax = flat.abs().amax(1)\n"
-                "    return nearest_code(flat / absmax[:, None], signed).flatten()[: x.numel()].view(x.shape), absmax\n"
-            ),
-        },
         "eps scaled instead of the root": {
             f"spread = {_SPREAD}": (
                 'root = (1 - beta2 ** state["step"]) ** 0.5\n                spread = (second.sqrt() + group["eps"] * root) / root'
-            ),
-        },
-        "padded blocks": {
-            "    blocks = x.flatten().float().split(256)\n    absmax = torch.stack([block.abs().max() for block in blocks])\n": (
-                "    flat = torch.nn.functional.pad(x.reshape(-1).float(), (0, -x.numel() % 256)).view(-1, 256)\n"
-                "    absmax = torch.linalg.vector_norm(flat, float('inf'), dim=1)\n"
-                "    blocks = (flat * (1 / absmax.clamp(min=1e-38))[:, None] * absmax[:, None]).flatten()[: x.numel()].split(256)\n"
             ),
         },
     },

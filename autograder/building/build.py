@@ -23,7 +23,7 @@ from nbgrader.coursedir import CourseDirectory
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
-from autograder.building import colab, front, index
+from autograder.building import front, hosted, index
 from autograder.checking import hidden
 from autograder.checking.masters import SOLUTIONS, master_path, units
 
@@ -35,7 +35,7 @@ def instructor_notebook(unit: str) -> NotebookNode:
     """Return the master as a notebook, with hidden tests and what Colab needs; a cell's id depends on its content alone."""
     notebook = jupytext.read(master_path(unit))
     hidden.add_to(notebook, unit)
-    colab.add_to(notebook, unit)
+    hosted.add_to(notebook, unit)
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

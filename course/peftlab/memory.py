@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 MEBIBYTE = 2**20
-UNITS = {"MiB": MEBIBYTE, "GB": 10**9}
+BYTES_IN = {"MiB": MEBIBYTE, "GB": 10**9}
 """Bytes in the units that tables and pictures use: MiB as computers count, GB as papers do."""
 
 
@@ -53,12 +53,14 @@ class Moment:
 
 
 def step_table(steps: Mapping[str, StepMemory], unit: str = "MiB", digits: int = 1) -> str:
-    """Return, as text, the bytes of each training step by category, in a unit of `UNITS`."""
+    """Return, as text, the bytes of each training step by category, in a unit of `BYTES_IN`."""
     names = max(map(len, [unit, *steps])) + 1
     lines = [f"{unit:<{names}}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'peak':>10}"]
     for name, step in steps.items():
         sizes = (step.parameters, step.gradients, step.optimizer_state, step.activations, step.peak)
-        figures = (f"{size / UNITS[unit]:>{width},.{digits}f}" for size, width in zip(sizes, (10, 11, 11, 13, 10), strict=True))
+        figures = (
+            f"{size / BYTES_IN[unit]:>{width},.{digits}f}" for size, width in zip(sizes, (10, 11, 11, 13, 10), strict=True)
+        )
         lines.append(f"{name:<{names}}" + "".join(figures))
     return "\n".join(lines)
 

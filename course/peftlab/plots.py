@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from peftlab import comparison
 from peftlab.comparison import chosen_rate, late_loss, sweep_rows
-from peftlab.memory import UNITS, Moment, StepMemory
+from peftlab.memory import BYTES_IN, Moment, StepMemory
 from peftlab.results import Row
 
 COLOURS = {
@@ -49,24 +49,24 @@ def memory_bars(
     """Draw one stacked bar a training step, by category, its measured peak as a line across.
 
     Args:
-        unit: of the axis, one of `peftlab.memory.UNITS`.
+        unit: of the axis, one of `peftlab.memory.BYTES_IN`.
         card: a GPU's name and its bytes, to be drawn as a line that the peaks should not cross.
     """
     figure, axes = plt.subplots(figsize=(7, 0.55 * len(steps) + 1.6), layout="constrained")
     for position, step in enumerate(steps.values()):
         left = 0.0
         for category in ("parameters", "gradients", "optimizer_state", "activations"):
-            size = getattr(step, category) / UNITS[unit]
+            size = getattr(step, category) / BYTES_IN[unit]
             axes.barh(position, size, left=left, color=COLOURS[category], label=_once(category.replace("_", " "), position))
             left += size
-        peak = step.peak / UNITS[unit]
+        peak = step.peak / BYTES_IN[unit]
         axes.plot([peak, peak], [position - 0.4, position + 0.4], color=COLOURS["peak"], label=_once("peak", position))
         ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
         axes.annotate(
             f"{peak:,.0f}", (peak, position), (5, 0), textcoords="offset points", va="center", fontsize=9, bbox=ground
         )
     if card:
-        axes.axvline(card[1] / UNITS[unit], color="black", linestyle="--", label=card[0])
+        axes.axvline(card[1] / BYTES_IN[unit], color="black", linestyle="--", label=card[0])
     axes.set_yticks(range(len(steps)), list(steps))
     axes.invert_yaxis()
     axes.set(title=title, xlabel=unit)
@@ -80,12 +80,12 @@ def memory_over_time(steps: Mapping[str, Sequence[Moment]], title: str, unit: st
 
     Args:
         steps: what `peftlab.memory.memory_over_time` returns, by the panel's title.
-        unit: of the axis, one of `peftlab.memory.UNITS`.
+        unit: of the axis, one of `peftlab.memory.BYTES_IN`.
     """
     figure, panels = plt.subplots(1, len(steps), figsize=(8.5, 3.4), sharey=True, squeeze=False, layout="constrained")
     categories = ("parameters", "optimizer_state", "gradients", "activations")
     for axes, (name, moments) in zip(panels[0], steps.items()):
-        sizes = [[getattr(moment, category) / UNITS[unit] for moment in moments] for category in categories]
+        sizes = [[getattr(moment, category) / BYTES_IN[unit] for moment in moments] for category in categories]
         labels = [category.replace("_", " ") for category in categories]
         colours = [COLOURS[category] for category in categories]
         layers = axes.stackplot(range(len(moments)), sizes, colors=colours, labels=labels, linewidth=0)

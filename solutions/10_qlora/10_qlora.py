@@ -552,7 +552,7 @@ for dtype in (torch.float32, torch.bfloat16):
     print(f"factors in {str(dtype)[6:]:<9} numbers of A that the last step did not move: {stayed:.0%}")
 
 # %% [markdown]
-# *What to see.* In bf16 nearly half of $A$ stands still: there the step is smaller than half the distance to the next number.
+# *What to see.* In bf16 most of $A$ stands still: there the step is smaller than half the distance to the next number.
 #
 # ## 4. Measured: what is in memory
 #

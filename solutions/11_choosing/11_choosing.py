@@ -48,7 +48,7 @@ from autograder.checks.choosing import (
     check_recommend,
 )
 from peftlab import comparison, plots, results, settings
-from peftlab.choosing import ACCESS, Job, Option, Reason, Recommendation, Refusal
+from peftlab.jobs import ACCESS, Job, Option, Reason, Recommendation, Refusal
 from peftlab.comparison import chosen_rate, machine
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, rotate
 from peftlab.memory import MEBIBYTE, StepMemory, step_table
@@ -878,7 +878,7 @@ for task in STANDARD:
 #
 # Five lines of advice cannot say what happens when two of them meet: little memory *and* forty tasks. A program has to, and
 # it can be tested. A **job** says what is there and what is demanded. An **option** is a method with its figures for one
-# model (`peftlab.choosing`):
+# model (`peftlab.jobs`):
 #
 # | `Job` | | `Option` | |
 # |---|---|---|---|

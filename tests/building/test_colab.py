@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from autograder.building import colab as cells
+from autograder.building import hosted as cells
 from autograder.building.build import instructor_notebook
 from autograder.checking.masters import units
 from peftlab import colab, results

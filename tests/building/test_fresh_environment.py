@@ -19,7 +19,6 @@ from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbgrader.preprocessors import ClearHiddenTests
 
-from autograder.building import colab
 from autograder.building.build import ROOT, instructor_notebook
 from autograder.checking.masters import units
 
@@ -65,7 +64,7 @@ def versions(python: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("unit", units())
 def test_a_notebook_alone_installs_the_course_and_runs(unit, python, tmp_path, monkeypatch):
-    monkeypatch.setattr(colab, "address", lambda: f"file://{ROOT}")
+    monkeypatch.setattr(hosted, "address", lambda: f"file://{ROOT}")
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "peft-from-scratch"], check=True)
     before = versions(python)
     notebook = instructor_notebook(unit)

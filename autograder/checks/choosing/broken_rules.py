@@ -6,7 +6,7 @@ import torch
 
 from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from peftlab.choosing import ACCESS, Job, Option, Reason
+from peftlab.jobs import ACCESS, Job, Option, Reason
 
 
 def broken_rules(option: Option, job: Job) -> list[Reason]:
@@ -103,7 +103,7 @@ def rules_case(generator: torch.Generator, unit: int = 10**9) -> dict:
 
 def drive_rules(broken_rules, pairs):
     """Ask which rules each option breaks in each job."""
-    from peftlab.choosing import Job, Option
+    from peftlab.jobs import Job, Option
 
     seen = {}
     for label, option, job in pairs:

@@ -8,7 +8,7 @@ import torch
 
 from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
-from peftlab.choosing import ACCESS, Job, Option, Reason, Recommendation, Refusal
+from peftlab.jobs import ACCESS, Job, Option, Reason, Recommendation, Refusal
 
 
 def recommend(
@@ -120,7 +120,7 @@ def evidence_case(generator: torch.Generator, measured: bool = True, unit: int =
 
 def drive_recommend(recommend, options, jobs):
     """Ask for every job; the rules are the driver's own. Then ask with rules that no notebook has, and for no options."""
-    from peftlab.choosing import ACCESS, Job, Option, Reason
+    from peftlab.jobs import ACCESS, Job, Option, Reason
 
     def rules(option, job):
         broken, serving = [], option.base_bytes + job.tasks * option.task_bytes

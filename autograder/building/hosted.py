@@ -2,7 +2,7 @@
 
 `autograder.building.build` puts them into every notebook, if pyproject.toml says under [project.urls] where the repository is.
 Without an address there are none: a notebook must not install what somebody else may have put at a place that we only guess.
-`python -m autograder.building.colab` writes the git remote's address there.
+`python -m autograder.building.hosted` writes the git remote's address there.
 """
 
 import re

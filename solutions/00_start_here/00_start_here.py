@@ -13,8 +13,8 @@
 # |---|---|---|---|
 # | 10 | 1 of 5 | none | Python, and a little PyTorch |
 #
-# Every unit of this course changes a language model with as little as it can. This one only looks at the model: it is a
-# LLaMA, the architecture of most open models, in about 200 lines, and small enough to train on a laptop.
+# Every unit of this course changes a language model with as little as it can. This one only looks at the model: it is a LLaMA,
+# the architecture of most open models, in about 200 lines, and small enough to train on a laptop.
 #
 # **When you have finished, you know**
 #
@@ -27,8 +27,8 @@
 # %% [markdown]
 # ## Is everything there?
 #
-# If the next cell says `No module named ...`, this notebook runs on another Python than the one with the course: choose the kernel of
-# `.venv`, at the top right.
+# If the next cell says `No module named ...`, this notebook runs on another Python than the one with the course: choose the
+# kernel of `.venv`, at the top right.
 
 # %%
 from importlib.metadata import version
@@ -53,8 +53,8 @@ print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameter
 # %% [markdown]
 # ## Ask it something
 #
-# A language model continues text. An *instruct* model has been trained on conversations, in a fixed format, which the
-# tokenizer knows. `generate` takes the likeliest next token, again and again.
+# A language model continues text. An *instruct* model has been trained on conversations, in a fixed format, which the tokenizer
+# knows. `generate` takes the likeliest next token, again and again.
 
 # %%
 from peftlab.llama import generate
@@ -74,9 +74,9 @@ print(tokenizer.decode(answer[0, prompt.shape[1] :], skip_special_tokens=True))
 print(model.model.layers[0])
 
 # %% [markdown]
-# - **Attention** (`self_attn`) lets a token look at earlier ones. Each token makes a query; queries meet keys, and where they agree,
-#   values are fetched: `q_proj`, `k_proj`, `v_proj`; `o_proj` mixes the heads. There are 9 query heads and only 3 of keys and values,
-#   which is why `k_proj` and `v_proj` are smaller: *grouped-query attention*.
+# - **Attention** (`self_attn`) lets a token look at earlier ones. Each token makes a query; queries meet keys, and where they
+#   agree, values are fetched: `q_proj`, `k_proj`, `v_proj`; `o_proj` mixes the heads. There are 9 query heads and only 3 of
+#   keys and values, which is why `k_proj` and `v_proj` are smaller: *grouped-query attention*.
 # - **The MLP** works on each token by itself: $\text{down}(\text{silu}(\text{gate}(x)) \odot \text{up}(x))$.
 # - **RMSNorm** before each of the two keeps the numbers in range.
 #
@@ -136,10 +136,11 @@ apart = (ours - library).abs().max().item()
 print(f"largest logit {library.abs().max():.1f}, largest difference {apart:.1e}")
 
 # %% [markdown]
-# A difference of a dozen units in the last place is rounding: the two add up the same numbers in another order. How much may it be? A
-# tolerance should follow from the arithmetic and not from a feeling. Here is a rough estimate, not a bound: in each of the 30 layers a number
-# goes through some 32 operations one after the other (norms, products, softmax, sums), each of which rounds it by at most eps of its
-# size. Inside, the stream grows far beyond the logits, but its last norm divides that out again; so take eps of the largest logit:
+# A difference of a dozen units in the last place is rounding: the two add up the same numbers in another order. How much may it
+# be? A tolerance should follow from the arithmetic and not from a feeling. Here is a rough estimate, not a bound: in each of
+# the 30 layers a number goes through some 32 operations one after the other (norms, products, softmax, sums), each of which
+# rounds it by at most eps of its size. Inside, the stream grows far beyond the logits, but its last norm divides that out
+# again; so take eps of the largest logit:
 
 # %%
 tolerance = 30 * 32 * torch.finfo(torch.float32).eps * library.abs().max().item()
@@ -150,19 +151,20 @@ assert apart <= tolerance
 # ## How the units work
 #
 # In the units that follow there are cells with `raise NotImplementedError()`, where you write code, and below each a cell that
-# *checks* it: on new random numbers every time, within a second or so, with a message that names the likely mistake. A check that
-# fails costs nothing; run it as often as you like. Experiments take minutes on a CPU; the text before them says how many. To see first that
-# everything runs, set the environment variable `PEFTLAB_SHORT=1` before you start JupyterLab: experiments then take two steps. What a unit
-# measures when it trains a model is kept in a folder `results` beside its notebook.
+# *checks* it: on new random numbers every time, within a second or so, with a message that names the likely mistake. A check
+# that fails costs nothing; run it as often as you like. Experiments take minutes on a CPU; the text before them says how many.
+# To see first that everything runs, set the environment variable `PEFTLAB_SHORT=1` before you start JupyterLab: experiments
+# then take two steps. What a unit measures when it trains a model is kept in a folder `results` beside its notebook.
 #
-# The functions that you write have shapes in their signatures. `Float[Tensor, "blocks size"]` is a tensor of floating-point numbers with two
-# axes, which we call `blocks` and `size`; the same name twice means the same length, a number a fixed length, `...` any axes, and `""` none: a single
-# number. `UInt8[Tensor, "n"]` holds bytes. Nothing enforces it; it is there to be read.
+# The functions that you write have shapes in their signatures. `Float[Tensor, "blocks size"]` is a tensor of floating-point
+# numbers with two axes, which we call `blocks` and `size`; the same name twice means the same length, a number a fixed length,
+# `...` any axes, and `""` none: a single number. `UInt8[Tensor, "n"]` holds bytes. Nothing enforces it; it is there to be read.
 #
 # ## Do I need a GPU?
 #
-# No. Every check takes about a second on a CPU, and experiments say how many minutes they take on two cores. On a GPU the same cells run as they are, and the
-# training is quicker. These were measured there, in seconds, with the model's scoring before and after:
+# No. Every check takes about a second on a CPU, and experiments say how many minutes they take on two cores. On a GPU the same
+# cells run as they are, and the training is quicker. These were measured there, in seconds, with the model's scoring before and
+# after:
 
 # %%
 from peftlab import gpu
@@ -175,7 +177,7 @@ for name, found in gpu.proofs("notebooks").items():
     print(f"the largest peak of a training step: {largest.memory.peak / 1e9:.1f} GB, {largest.method} in unit {largest.unit}")
 
 # %% [markdown]
-# So a card of 4 GB has room for these experiments, and the T4 of a free Colab with its 16 GB has more than enough. Only unit 10's optional section with a larger
-# model takes more.
+# So a card of 4 GB has room for these experiments, and the T4 of a free Colab with its 16 GB has more than enough. Only unit
+# 10's optional section with a larger model takes more.
 #
 # Go on with the next unit.

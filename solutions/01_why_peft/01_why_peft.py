@@ -13,9 +13,9 @@
 # |---|---|---|---|
 # | 90, and one of measuring on two CPU cores | 2 of 5 | 13 | 00_start_here |
 #
-# "Full fine-tuning does not fit." How much does not fit, and what is it made of? Overviews of the field answer with a table of three
-# rows. In this unit you derive such a table, then *measure* it, for models of up to 70 billion parameters, on the computer in
-# front of you; and you find out where the table is loose.
+# "Full fine-tuning does not fit." How much does not fit, and what is it made of? Overviews of the field answer with a table of
+# three rows. In this unit you derive such a table, then *measure* it, for models of up to 70 billion parameters, on the
+# computer in front of you; and you find out where the table is loose.
 #
 # **When you have finished, you can**
 #
@@ -128,14 +128,15 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-2-70B"):
     print(f"{name:<12} counted {counted:>14,}   built {built:>14,}")
 
 # %% [markdown]
-# *What to see.* There is no LLaMA-70B: the first generation ends at 65B. Llama-2-70B has as many layers; it is larger because its MLP is
-# wider, although its keys and values are narrower. The table's "70B" is a round 70 × 10⁹, 1.5% more than Llama-2-70B has.
+# *What to see.* There is no LLaMA-70B: the first generation ends at 65B. Llama-2-70B has as many layers; it is larger because
+# its MLP is wider, although its keys and values are narrower. The table's "70B" is a round 70 × 10⁹, 1.5% more than Llama-2-70B
+# has.
 
 # %% [markdown]
 # ## 2. Bytes of what stays  ·  3 points, about 20 minutes
 #
-# From one training step to the next, three things stay in memory: the **weights**, their **gradients**, and the **optimizer's state**.
-# How many bytes each takes depends on the recipe:
+# From one training step to the next, three things stay in memory: the **weights**, their **gradients**, and the **optimizer's
+# state**. How many bytes each takes depends on the recipe:
 #
 # | recipe | a weight | a gradient | Adam's two moments | besides |
 # |---|---|---|---|---|
@@ -146,14 +147,14 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-2-70B"):
 # | `LoRA` | 2 | 2, of what is trained | 2 + 2, of what is trained | the trained factors are weights, too |
 # | `QLoRA` | 4 bits where LoRA adapts, else 2 bytes | as with LoRA | as with LoRA | see below |
 #
-# The last two are methods of later units. LoRA freezes the model and *adapts* its matrices: beside each it trains two thin ones, the **factors**. QLoRA
-# does the same, and stores the matrices that LoRA adapts in blocks of 64 values, 4 bits each. A block has one scale, stored in 8 bits; and 256 such
-# scales share one of their own, in fp32 (*double quantization*, unit 09). What LoRA does not adapt, embedding, head and norms,
-# stays in 16 bits, and so do the factors.
+# The last two are methods of later units. LoRA freezes the model and *adapts* its matrices: beside each it trains two thin
+# ones, the **factors**. QLoRA does the same, and stores the matrices that LoRA adapts in blocks of 64 values, 4 bits each. A
+# block has one scale, stored in 8 bits; and 256 such scales share one of their own, in fp32 (*double quantization*, unit 09).
+# What LoRA does not adapt, embedding, head and norms, stays in 16 bits, and so do the factors.
 #
-# `parameters` counts the model as it was, and is all that the first four recipes need; `adapted` counts those of its numbers that lie in adapted
-# matrices, which matters for QLoRA alone, and `trained` the numbers in the factors. Fractions of bytes are fine. Refuse what cannot be: an unknown
-# recipe and a negative number, with a `ValueError`.
+# `parameters` counts the model as it was, and is all that the first four recipes need; `adapted` counts those of its numbers
+# that lie in adapted matrices, which matters for QLoRA alone, and `trained` the numbers in the factors. Fractions of bytes are
+# fine. Refuse what cannot be: an unknown recipe and a negative number, with a `ValueError`.
 #
 # <details><summary>How many bits a number has QLoRA, then?</summary>
 #
@@ -198,15 +199,15 @@ for name, (_, weights, states) in claimed.items():
     print(f"{'  claimed':<12} weights {weights / GB:6.1f}, states {states / GB:6.1f}, total {(weights + states) / GB:.1f} GB")
 
 # %% [markdown]
-# *What to see.* The totals agree to four percent; the rest is rounding of the names "7B" and "70B". But the table's "optimizer states" are
-# gradients *and* moments: 2 + 2 + 2 bytes. And something is missing altogether: a forward pass leaves its mark, too. That comes in section 4. First, a
-# question: can one train like this at all?
+# *What to see.* The totals agree to four percent; the rest is rounding of the names "7B" and "70B". But the table's "optimizer
+# states" are gradients *and* moments: 2 + 2 + 2 bytes. And something is missing altogether: a forward pass leaves its mark,
+# too. That comes in section 4. First, a question: can one train like this at all?
 
 # %% [markdown]
 # ## 3. A recipe that cannot work  ·  2 points, about 15 minutes
 #
-# The table's recipe keeps everything in fp16. Write one step of Adam (Kingma and Ba 2015, algorithm 1) and try. With gradient $g$,
-# moments $m$ and $v$, step $t$ (1 in the first), and $\beta_1 = 0.9$, $\beta_2 = 0.999$, $\epsilon = 10^{-8}$:
+# The table's recipe keeps everything in fp16. Write one step of Adam (Kingma and Ba 2015, algorithm 1) and try. With gradient
+# $g$, moments $m$ and $v$, step $t$ (1 in the first), and $\beta_1 = 0.9$, $\beta_2 = 0.999$, $\epsilon = 10^{-8}$:
 #
 # $$ m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 $$
 #
@@ -239,7 +240,8 @@ def adam_step(
 check_adam_step(adam_step)
 
 # %% [markdown]
-# A weight of 0.02, a gradient of 0.001, a learning rate of 0.00002: an ordinary first step of full fine-tuning, in three precisions.
+# A weight of 0.02, a gradient of 0.001, a learning rate of 0.00002: an ordinary first step of full fine-tuning, in three
+# precisions.
 
 # %%
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -253,14 +255,14 @@ print(f"bf16: {start.item():.6g}, and the next number below it {torch.nextafter(
 print("the update subtracted in fp32, stored in bf16 again: changed", not torch.equal((start.float() - 2e-5).bfloat16(), start))
 
 # %% [markdown]
-# *What to see.* In **fp16**, $v = 0.001 \cdot g^2 = 10^{-9}$ is below the smallest number there is, so $v = 0$; so is $\epsilon$; and the
-# step divides by zero. The weight is gone in the first step. In **bf16**, $v$ survives, but the update is smaller than the distance to the next number.
-# It is rounded away. The run goes on, and learns nothing from such steps. The last line shows that fp32 moments are no cure: the *weight* has no room for
-# the update.
+# *What to see.* In **fp16**, $v = 0.001 \cdot g^2 = 10^{-9}$ is below the smallest number there is, so $v = 0$; so is
+# $\epsilon$; and the step divides by zero. The weight is gone in the first step. In **bf16**, $v$ survives, but the update is
+# smaller than the distance to the next number. It is rounded away. The run goes on, and learns nothing from such steps. The
+# last line shows that fp32 moments are no cure: the *weight* has no room for the update.
 #
-# So nobody uses the table's recipe in fp16. Mixed precision (Micikevicius et al. 2018) keeps an fp32 *master copy* of the weights for
-# the small updates, with the moments in fp32. That makes 16 bytes a parameter, not 8. The other recipes below write into 16-bit weights, and lose
-# the updates that are too small for them:
+# So nobody uses the table's recipe in fp16. Mixed precision (Micikevicius et al. 2018) keeps an fp32 *master copy* of the
+# weights for the small updates, with the moments in fp32. That makes 16 bytes a parameter, not 8. The other recipes below write
+# into 16-bit weights, and lose the updates that are too small for them:
 
 # %%
 for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
@@ -270,11 +272,11 @@ for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
 # %% [markdown]
 # ## 4. Bytes of what comes and goes  ·  2 points, about 20 minutes
 #
-# Backward needs tensors from forward: a product needs its inputs, a norm its input, a softmax its output. These **activations** are kept
-# from forward until backward has used them. They grow with the batch, and no table of weights can show them.
+# Backward needs tensors from forward: a product needs its inputs, a norm its input, a softmax its output. These **activations**
+# are kept from forward until backward has used them. They grow with the batch, and no table of weights can show them.
 #
-# In our LLaMA, in 16 bits with flash attention (`scaled_dot_product_attention`: the scores of all pairs of tokens are computed piece by piece, and
-# never kept), this is kept *for every token*, in bytes:
+# In our LLaMA, in 16 bits with flash attention (`scaled_dot_product_attention`: the scores of all pairs of tokens are computed
+# piece by piece, and never kept), this is kept *for every token*, in bytes:
 #
 # | part of a layer | what is kept | bytes |
 # |---|---|---|
@@ -283,8 +285,9 @@ for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
 # | | the logarithm of the softmax's denominator, in fp32, one a head | 4 × heads |
 # | MLP | gate, silu(gate), up, and their product | 4 × 2 $i$ |
 #
-# and once, at the end, the last norm, (4 + 2 + 2) $h$, and the loss's logits in fp32, 4 × vocab. With **gradient checkpointing**
-# a layer keeps its input alone, 2 $h$, and computes the rest a second time when backward arrives; norm and logits at the end remain.
+# and once, at the end, the last norm, (4 + 2 + 2) $h$, and the loss's logits in fp32, 4 × vocab. With **gradient
+# checkpointing** a layer keeps its input alone, 2 $h$, and computes the rest a second time when backward arrives; norm and
+# logits at the end remain.
 #
 # The check compares your estimate with a *measurement*, and allows 2%.
 
@@ -307,9 +310,9 @@ def activation_bytes(config: LlamaConfig, batch_size: int, sequence_length: int,
 check_activation_bytes(activation_bytes)
 
 # %% [markdown]
-# Korthikanti et al. (2022) count in units of $s\,b\,h$: sequence length times batch times hidden size. For a GPT layer in 16 bits they
-# find $34 + 5 a s / h$, with $a$ heads. Here is one layer of LLaMA-7B at 2,048 tokens, measured: with attention written out, which stores
-# its $s \times s$ matrices; with flash attention; and with checkpointing.
+# Korthikanti et al. (2022) count in units of $s\,b\,h$: sequence length times batch times hidden size. For a GPT layer in 16
+# bits they find $34 + 5 a s / h$, with $a$ heads. Here is one layer of LLaMA-7B at 2,048 tokens, measured: with attention
+# written out, which stores its $s \times s$ matrices; with flash attention; and with checkpointing.
 
 # %% tags=["experiment"]
 from dataclasses import replace
@@ -335,8 +338,8 @@ print(f"flash attention:            {bytes_of_one_layer(SDPBackend.FLASH_ATTENTI
 print(f"checkpointing:              {bytes_of_one_layer(SDPBackend.FLASH_ATTENTION, True):6.1f} s b h")
 
 # %% [markdown]
-# The first two lines are close. Is it the same thing that they count? Look at what each kernel keeps, for bf16 queries, keys and values of 4 heads, 64
-# tokens and 16 features:
+# The first two lines are close. Is it the same thing that they count? Look at what each kernel keeps, for bf16 queries, keys
+# and values of 4 heads, 64 tokens and 16 features:
 
 # %%
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -354,18 +357,21 @@ for name, backend in {"written out": SDPBackend.MATH, "flash": SDPBackend.FLASH_
     print(f"{name:<12} {', '.join(kept.values())}")
 
 # %% [markdown]
-# *What to see.* No, it is a coincidence. PyTorch's written-out attention computes in fp32: it keeps queries, keys and values in 4 bytes instead of 2, which is
-# 6 $s\,b\,h$ more, and the $s \times s$ matrix of the softmax in 4 bytes, $4 a s / h = 64$. With the 45.5 of the line for flash attention that makes 115.5. In
-# the formula for a GPT the term with $s^2$ is $5 a s / h = 80$: a softmax in 2 bytes, a dropout mask in 1 and the output of that dropout in 2.
+# *What to see.* No, it is a coincidence. PyTorch's written-out attention computes in fp32: it keeps queries, keys and values in
+# 4 bytes instead of 2, which is 6 $s\,b\,h$ more, and the $s \times s$ matrix of the softmax in 4 bytes, $4 a s / h = 64$. With
+# the 45.5 of the line for flash attention that makes 115.5. In the formula for a GPT the term with $s^2$ is $5 a s / h = 80$: a
+# softmax in 2 bytes, a dropout mask in 1 and the output of that dropout in 2.
 #
-# Flash attention keeps no $s \times s$ matrix. What is left is linear in the number of tokens. Checkpointing leaves 2 of it, a layer's input.
+# Flash attention keeps no $s \times s$ matrix. What is left is linear in the number of tokens. Checkpointing leaves 2 of it, a
+# layer's input.
 
 # %% [markdown]
 # ## 5. Measure: 7B to 70B, without a GPU
 #
-# No computer here holds 56 GB. But a training step can be run on **fake tensors**: each has a shape and a dtype, and no numbers. Every
-# operation runs, the allocator's book-keeping is followed, and nothing is allocated. `simulate_training_step` does that for two and three
-# layers and extrapolates linearly to all, which takes a second; `whole_model=True` runs every layer.
+# No computer here holds 56 GB. But a training step can be run on **fake tensors**: each has a shape and a dtype, and no
+# numbers. Every operation runs, the allocator's book-keeping is followed, and nothing is allocated. `simulate_training_step`
+# does that for two and three layers and extrapolates linearly to all, which takes a second; `whole_model=True` runs every
+# layer.
 #
 # Does a real GPU need as many bytes? It was tried, with the 4-bit layers of unit 10 on models of the published sizes:
 
@@ -380,9 +386,8 @@ for size in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B"):
         )
 
 # %% [markdown]
-# **Predict:** LLaMA-7B with LoRA of rank 16 (its factors are 16 numbers wide) on all linear layers, batch 1, 512 tokens. How many GB at the peak, and
-# what part of them is
-# activations?
+# **Predict:** LLaMA-7B with LoRA of rank 16 (its factors are 16 numbers wide) on all linear layers, batch 1, 512 tokens. How
+# many GB at the peak, and what part of them is activations?
 
 # %%
 my_peak_in_gb = None  # a number
@@ -394,8 +399,8 @@ print(
 )
 
 # %% [markdown]
-# Now every model with every recipe, beside your formulas. *Stays* is what you computed in section 2, *peak* the largest moment of
-# the whole step. Half a minute on two CPU cores.
+# Now every model with every recipe, beside your formulas. *Stays* is what you computed in section 2, *peak* the largest moment
+# of the whole step. Half a minute on two CPU cores.
 
 # %% tags=["experiment"]
 from tqdm.auto import tqdm
@@ -423,14 +428,13 @@ for name, recipe, adapted, step in table:
 
 # %% [markdown]
 # *What to see.* What stays follows the formulas to a hundredth of a percent. So where is the table of the claim loose? (1) Its
-# "optimizer states" hold the gradients. (2) It leaves activations out. With 512 tokens that hardly shows in full fine-tuning, where they
-# are freed as the gradients come in; in the peaks of LoRA and QLoRA it does, and with long sequences everywhere. (3) Its 70B is a round
-# number. (4) Its recipe does not train in fp16, and a recipe with a master copy takes twice as much.
+# "optimizer states" hold the gradients. (2) It leaves activations out. With 512 tokens that hardly shows in full fine-tuning,
+# where they are freed as the gradients come in; in the peaks of LoRA and QLoRA it does, and with long sequences everywhere. (3)
+# Its 70B is a round number. (4) Its recipe does not train in fp16, and a recipe with a master copy takes twice as much.
 #
-# QLoRA's paper says that full fine-tuning of the 65B model takes more than 780 GB, and QLoRA less than 48. The first is what stays with bf16 weights
-# and fp32 moments. The
-# second is not in this table, because these steps are measured without checkpointing. With checkpointing, and on a real card, it is in the lines
-# at the beginning of this section.
+# QLoRA's paper says that full fine-tuning of the 65B model takes more than 780 GB, and QLoRA less than 48. The first is what
+# stays with bf16 weights and fp32 moments. The second is not in this table, because these steps are measured without
+# checkpointing. With checkpointing, and on a real card, it is in the lines at the beginning of this section.
 
 # %% tags=["experiment"]
 chosen = {recipe: step for name, recipe, _, step in table if name == "LLaMA-7B"}
@@ -440,14 +444,14 @@ figure = plots.memory_bars(
 plots.show(figure, alt="Six stacked bars; only LoRA's and QLoRA's end left of the line at 24 GB, and QLoRA's is the shortest.")
 
 # %% [markdown]
-# *What to see.* LoRA takes away gradients and optimizer state, nothing else: the blue bar of the weights is as long as before. QLoRA
-# shortens that one. The green of the activations stays in all six; what shrinks it is checkpointing.
+# *What to see.* LoRA takes away gradients and optimizer state, nothing else: the blue bar of the weights is as long as before.
+# QLoRA shortens that one. The green of the activations stays in all six; what shrinks it is checkpointing.
 
 # %% [markdown]
 # ### The calculator
 #
-# The same measurement with controls: model, recipe, batch, length, checkpointing, GPU. What is the longest sequence with which LLaMA-13B
-# trains on 24 GB, and with which recipe? Does LLaMA-65B fit on one GPU of 80 GB?
+# The same measurement with controls: model, recipe, batch, length, checkpointing, GPU. What is the longest sequence with which
+# LLaMA-13B trains on 24 GB, and with which recipe? Does LLaMA-65B fit on one GPU of 80 GB?
 
 # %% tags=["experiment"]
 from peftlab.calculator import calculator
@@ -461,7 +465,8 @@ calculator()
 #
 # - **selective** methods train some of the model's own tensors (layer freezing, BitFit);
 # - **additive** methods train new tensors that stay in the deployed model (adapters, prompt and prefix tuning);
-# - **reparameterization** trains new tensors that are folded into the old ones in the end (LoRA; the deployed model has no new names).
+# - **reparameterization** trains new tensors that are folded into the old ones in the end (LoRA; the deployed model has no new
+#   names).
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 2.9))
@@ -480,9 +485,9 @@ axes.axis("off")
 plots.show(figure, alt="Three boxes: selective, additive and reparameterization, with the methods that belong to each.")
 
 # %% [markdown]
-# Write the rule down. You get three sets of tensor names: those of the pretrained model, those that are trained, and those of the
-# deployed model. Return `"full"`, `"selective"`, `"additive"` or `"reparameterization"`. A method that trains new tensors and
-# some old ones belongs where its new ones put it.
+# Write the rule down. You get three sets of tensor names: those of the pretrained model, those that are trained, and those of
+# the deployed model. Return `"full"`, `"selective"`, `"additive"` or `"reparameterization"`. A method that trains new tensors
+# and some old ones belongs where its new ones put it.
 
 
 # %% nbgrader={"grade": false, "grade_id": "classify", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -501,8 +506,8 @@ check_classify(classify)
 # %% [markdown]
 # ## 7. Bug hunt  ·  1 point, about 10 minutes
 #
-# *After transformers issue 25978 and peft issue 1020.* Someone loads a model of 13 billion parameters in 4 bits, counts, and reads that it has
-# 6.7 billion. The code looks innocent:
+# *After transformers issue 25978 and peft issue 1020.* Someone loads a model of 13 billion parameters in 4 bits, counts, and
+# reads that it has 6.7 billion. The code looks innocent:
 
 
 # %%
@@ -513,11 +518,12 @@ def count_trainable_with_a_bug(model: nn.Module) -> tuple[int, int]:
 
 
 # %% [markdown]
-# A 4-bit weight is stored as bytes, two numbers in each: a `torch.uint8` tensor of about half as many elements. (The scripts of the QLoRA
-# paper knew that the count is off by a factor of two somewhere, and halved the *other* number, the trained one: qlora issue 260.)
+# A 4-bit weight is stored as bytes, two numbers in each: a `torch.uint8` tensor of about half as many elements. (The scripts of
+# the QLoRA paper knew that the count is off by a factor of two somewhere, and halved the *other* number, the trained one: qlora
+# issue 260.)
 #
-# A packed parameter carries its true shape in an attribute `original_shape`, a `torch.Size`; no other tensor has it. Write `count_trainable` so that
-# every number counts once, in a packed tensor too, whose last byte may be half empty.
+# A packed parameter carries its true shape in an attribute `original_shape`, a `torch.Size`; no other tensor has it. Write
+# `count_trainable` so that every number counts once, in a packed tensor too, whose last byte may be half empty.
 
 
 # %% nbgrader={"grade": false, "grade_id": "count-trainable", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -540,26 +546,28 @@ check_count_trainable(count_trainable)
 # %% [markdown]
 # ## 8. In your own words  ·  2 points, marked by hand
 #
-# Your group wants to adapt LLaMA-13B to medical notes of 4,096 tokens each. There is one GPU of 40 GB. A colleague proposes full fine-tuning
-# "in fp16, that is 104 GB, so three such cards would do".
+# Your group wants to adapt LLaMA-13B to medical notes of 4,096 tokens each. There is one GPU of 40 GB. A colleague proposes
+# full fine-tuning "in fp16, that is 104 GB, so three such cards would do".
 #
-# In about 120 words: what is wrong with the number, what is wrong with the recipe, and what would you do with the one card? Refer to at
-# least two numbers that you computed or measured in this unit.
+# In about 120 words: what is wrong with the number, what is wrong with the recipe, and what would you do with the one card?
+# Refer to at least two numbers that you computed or measured in this unit.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "three-cards", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: the number and the recipe.* 104 GB are weights, gradients and fp16 moments, without activations, which at 4,096
-# tokens are tens of gigabytes without checkpointing; and pure fp16 Adam loses its weights in the first step (or bf16 its updates), so that
-# the honest figure is 12 or 16 bytes a parameter, about 156 or 208 GB. *1 point: what to do.* LoRA with the weights in 16 bits (26 GB)
-# and gradient checkpointing, or QLoRA, with a figure for what is left for activations. Half points for either part without numbers.
+# **Rubric.** *1 point: the number and the recipe.* 104 GB are weights, gradients and fp16 moments, without activations, which
+# at 4,096 tokens are tens of gigabytes without checkpointing; and pure fp16 Adam loses its weights in the first step (or bf16
+# its updates), so that the honest figure is 12 or 16 bytes a parameter, about 156 or 208 GB. *1 point: what to do.* LoRA with
+# the weights in 16 bits (26 GB) and gradient checkpointing, or QLoRA, with a figure for what is left for activations. Half
+# points for either part without numbers.
 #
-# **A full answer.** 104 GB is 8 bytes a parameter: weights, gradients and two fp16 moments. It leaves out activations, and the recipe does
-# not train: in section 3 the first fp16 step divided by zero and the weight was gone. With fp32 moments it is 156 GB, mixed precision 208 GB.
-# On one card of 40 GB I would take LoRA: weights 26 GB, gradients and state under 0.4 GB together; the calculator shows that
-# 4,096 tokens fit only with checkpointing, or I take QLoRA (7.7 GB stay) and have room for a larger batch.
+# **A full answer.** 104 GB is 8 bytes a parameter: weights, gradients and two fp16 moments. It leaves out activations, and the
+# recipe does not train: in section 3 the first fp16 step divided by zero and the weight was gone. With fp32 moments it is 156
+# GB, mixed precision 208 GB. On one card of 40 GB I would take LoRA: weights 26 GB, gradients and state under 0.4 GB together;
+# the calculator shows that 4,096 tokens fit only with checkpointing, or I take QLoRA (7.7 GB stay) and have room for a larger
+# batch.
 #
-# **An answer worth one point.** The 104 GB have no activations in them and fp16 explodes, you need mixed precision with 16 bytes. I would
-# use LoRA instead.
+# **An answer worth one point.** The 104 GB have no activations in them and fp16 explodes, you need mixed precision with 16
+# bytes. I would use LoRA instead.
 # ### END SOLUTION
 
 # %% [markdown]
@@ -570,12 +578,14 @@ check_count_trainable(count_trainable)
 #
 # ## Sources
 #
-# - Touvron et al. (2023), *LLaMA*, arXiv 2302.13971, table 2: the sizes; Touvron et al. (2023), *Llama 2*, arXiv 2307.09288: grouped-query attention.
+# - Touvron et al. (2023), *LLaMA*, arXiv 2302.13971, table 2: the sizes; Touvron et al. (2023), *Llama 2*, arXiv 2307.09288:
+#   grouped-query attention.
 # - Rajbhandari et al. (2020), *ZeRO*, arXiv 1910.02054, section 3.1: 16 bytes a parameter in mixed precision.
-# - Micikevicius et al. (2018), *Mixed Precision Training*, arXiv 1710.03740: the master copy. Kingma and Ba (2015), *Adam*, arXiv 1412.6980.
-# - Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861; Dettmers et al. (2023), *QLoRA*, arXiv 2305.14314,
-#   section 3: double quantization, and the 780 GB.
+# - Micikevicius et al. (2018), *Mixed Precision Training*, arXiv 1710.03740: the master copy. Kingma and Ba (2015), *Adam*,
+#   arXiv 1412.6980.
+# - Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861; Dettmers et al. (2023), *QLoRA*,
+#   arXiv 2305.14314, section 3: double quantization, and the 780 GB.
 # - Korthikanti et al. (2022), *Reducing Activation Recomputation in Large Transformer Models*, arXiv 2205.05198, section 4.
 # - Lialin et al. (2023), *Scaling Down to Scale Up*, arXiv 2303.15647: the families.
-# - [transformers issue 25978](https://github.com/huggingface/transformers/issues/25978), [peft issue 1020](https://github.com/huggingface/peft/issues/1020),
-#   [qlora issue 260](https://github.com/artidoro/qlora/issues/260).
+# - [transformers issue 25978](https://github.com/huggingface/transformers/issues/25978), [peft issue
+#   1020](https://github.com/huggingface/peft/issues/1020), [qlora issue 260](https://github.com/artidoro/qlora/issues/260).

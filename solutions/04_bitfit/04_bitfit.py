@@ -14,9 +14,9 @@
 # | 85, and 5 of experiments on two CPU cores | 2 of 5 | 14 | 00_start_here; some PyTorch |
 #
 # A linear layer multiplies by a large matrix and then, often, adds a short vector, its bias. Ben Zaken et al. (2022) train only
-# these vectors of a BERT, 0.08% of its parameters, and come close to full fine-tuning where there are few examples. They
-# call it BitFit. A LLaMA has no biases at all, like many large models since PaLM, whose authors found training more stable without. You
-# will give it some, and see what they can do, what they cost, and which of them do nothing.
+# these vectors of a BERT, 0.08% of its parameters, and come close to full fine-tuning where there are few examples. They call
+# it BitFit. A LLaMA has no biases at all, like many large models since PaLM, whose authors found training more stable without.
+# You will give it some, and see what they can do, what they cost, and which of them do nothing.
 #
 # **When you have finished, you can**
 #
@@ -24,8 +24,8 @@
 # 2. write the backward pass of such a layer by hand, and show from measured bytes that it keeps no input;
 # 3. say what each bias of a LLaMA acts on, and move one into another without changing the model's output.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
+# random numbers every time, and says what is wrong. Run the checks as often as you like.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import warnings
@@ -59,8 +59,8 @@ KINDS = ALL_LINEAR
 #
 # $$ y = W x + b, \qquad W \in \mathbb{R}^{\text{out} \times \text{in}}, \quad b \in \mathbb{R}^{\text{out}} $$
 #
-# in code `x @ W.T + b`. BitFit freezes $W$ and trains $b$. Here are the seven linear layers of one decoder layer of
-# SmolLM2. Their weights are drawn to scale. Each bias is the thin bar on its matrix's right.
+# in code `x @ W.T + b`. BitFit freezes $W$ and trains $b$. Here are the seven linear layers of one decoder layer of SmolLM2.
+# Their weights are drawn to scale. Each bias is the thin bar on its matrix's right.
 
 # %%
 config = PRESETS["SmolLM2-135M"]
@@ -88,8 +88,8 @@ biases = sum(height for height, _ in shapes.values())
 print(f"one layer: {weights:,} numbers in the weights, {biases:,} in the biases, {biases / weights:.2%} of that")
 
 # %% [markdown]
-# How can so little do anything? A bias cannot depend on the token: it adds the same vector everywhere. But what it adds it to is
-# read by everything that follows. A bias on the queries shifts what is attended to; one on `gate_proj` opens or shuts
+# How can so little do anything? A bias cannot depend on the token: it adds the same vector everywhere. But what it adds it to
+# is read by everything that follows. A bias on the queries shifts what is attended to; one on `gate_proj` opens or shuts
 # features of the MLP, whatever the input; one on `o_proj` or `down_proj` writes a constant into the residual stream, and thirty
 # layers make many such shifts. Ben Zaken et al. take its success as a sign that fine-tuning mostly *brings out* what a model
 # knows already, rather than teaching it something new.
@@ -100,7 +100,8 @@ print(f"one layer: {weights:,} numbers in the weights, {biases:,} in the biases,
 # Our LLaMA creates its linear layers with `bias=False`, and so does Hugging Face's. In such a layer the attribute `bias` is
 # there and is `None`; assign a parameter to it, and `forward` uses it from then on. Write `add_biases`:
 #
-# - every `nn.Linear` inside `model.model.layers` that has no bias gets one of **zeros**, so that the model's output does not change;
+# - every `nn.Linear` inside `model.model.layers` that has no bias gets one of **zeros**, so that the model's output does not
+#   change;
 # - it has the dtype of the layer's weight, and is on the same device;
 # - a bias that is there already stays as it is, and so do all weights, and the head, which lies outside `model.model.layers`.
 #
@@ -135,8 +136,8 @@ def add_biases(model: Llama) -> None:
 check_add_biases(add_biases)
 
 # %% [markdown]
-# Adding zero rounds nothing, so on a CPU the logits are the same to the last bit, in either dtype. (A GPU may choose another kernel for a
-# product with a bias, which may round otherwise.)
+# Adding zero rounds nothing, so on a CPU the logits are the same to the last bit, in either dtype. (A GPU may choose another
+# kernel for a product with a bias, which may round otherwise.)
 
 # %%
 for dtype in (torch.float32, torch.bfloat16):
@@ -150,14 +151,14 @@ for dtype in (torch.float32, torch.bfloat16):
 # %% [markdown]
 # ## 2. Train only these  ·  2 points, about 10 minutes
 #
-# Two functions, each of which decides for *every* parameter of the model whether it is trained, whatever was done with the model
-# before:
+# Two functions, each of which decides for *every* parameter of the model whether it is trained, whatever was done with the
+# model before:
 #
-# - `train_biases(model)`: all parameters whose own name is exactly `bias`. A parameter's own name is the last part of its full name. A model
-#   without any is a `ValueError`: on a LLaMA fresh from the Hub, "train the biases" trains nothing.
+# - `train_biases(model)`: all parameters whose own name is exactly `bias`. A parameter's own name is the last part of its full
+#   name. A model without any is a `ValueError`: on a LLaMA fresh from the Hub, "train the biases" trains nothing.
 # - `train_norm_gains(model)`: the gains of the norms, and no others. An RMSNorm multiplies each feature by a number of its own,
-#   $y = \gamma \odot x / \operatorname{rms}(x)$, and our LLaMA calls it `RMSNorm`, with `weight` for $\gamma$. These are the small vectors that a
-#   LLaMA *does* have, and our second candidate.
+#   $y = \gamma \odot x / \operatorname{rms}(x)$, and our LLaMA calls it `RMSNorm`, with `weight` for $\gamma$. These are the
+#   small vectors that a LLaMA *does* have, and our second candidate.
 #
 # The check takes a training step after each, and measures its bytes: gradients, optimizer state, and all that forward saves.
 #
@@ -168,8 +169,8 @@ for dtype in (torch.float32, torch.bfloat16):
 # </details>
 # <details><summary>The check says that something is trained that only has bias or norm in its name</summary>
 #
-# `"bias" in name` is also true for `bias_gate` and `bias_tower.weight`. `name.rpartition(".")[2]` is the last part of a name, with or
-# without a dot before it. For the norms, ask for the type: `isinstance(module, RMSNorm)`.
+# `"bias" in name` is also true for `bias_gate` and `bias_tower.weight`. `name.rpartition(".")[2]` is the last part of a name,
+# with or without a dot before it. For the norms, ask for the type: `isinstance(module, RMSNorm)`.
 # </details>
 # <details><summary>The check says that the final norm is missing</summary>
 #
@@ -211,8 +212,8 @@ check_train(train_biases, train_norm_gains)
 # ### Predict, then measure: which share?
 #
 # You have seen the biases of one of SmolLM2's thirty layers. What share of all 134,515,008 parameters are the biases of the
-# whole model? And for a LLaMA of fifty times the size: is that share larger, about the same, or smaller? Write both down before you
-# run the cells after.
+# whole model? And for a LLaMA of fifty times the size: is that share larger, about the same, or smaller? Write both down before
+# you run the cells after.
 
 # %%
 my_share = None  # a percentage, for SmolLM2
@@ -246,9 +247,9 @@ for size in ("SmolLM2-135M", "LLaMA-7B"):
             print(f"{size:<13} width {width:>5,}: {trained:>9,} {method:<10}, {trained / whole:.4%} of {whole:,}")
 
 # %% [markdown]
-# *What to see.* BitFit is usually listed with "less than 0.1% of the parameters". The large model keeps to that with much to spare; our small
-# one is a little above it. A layer of width $d$ has about $d$ biases and $d^2$ weights, so the share falls about as $1 / d$. (Section 7's
-# table divides by the model *with* its biases: 0.115%.)
+# *What to see.* BitFit is usually listed with "less than 0.1% of the parameters". The large model keeps to that with much to
+# spare; our small one is a little above it. A layer of width $d$ has about $d$ biases and $d^2$ weights, so the share falls
+# about as $1 / d$. (Section 7's table divides by the model *with* its biases: 0.115%.)
 
 # %% [markdown]
 # ## 3. What backward needs  ·  4 points, about 25 minutes
@@ -260,8 +261,8 @@ for size in ("SmolLM2-135M", "LLaMA-7B"):
 #    \frac{\partial \mathcal{L}}{\partial b} = \sum_t g_t, \qquad
 #    \frac{\partial \mathcal{L}}{\partial W} = \sum_t g_t\, x_t^\top $$
 #
-# Only the third contains $x$. That is why training a weight keeps the layer's input in memory from forward to backward, for every
-# token, and why training a bias need not. The function below is right, and goes token by token:
+# Only the third contains $x$. That is why training a weight keeps the layer's input in memory from forward to backward, for
+# every token, and why training a bias need not. The function below is right, and goes token by token:
 
 
 # %%
@@ -279,14 +280,15 @@ def gradients_by_definition(
 
 # %% [markdown]
 # Write the layer as two functions, without autograd and without loops. `biased_linear` returns the output and a **tuple of what
-# has to be kept** for backward; `biased_linear_backward` gets that tuple and `output_gradient`, and returns the gradients of `x` and of
-# the bias. The weight is frozen and gets none. `x` has one or more axes before the last: `(tokens, in)`, `(batch, seq, in)` and so on.
-# Which of `x`, `weight`, `bias` and the output does backward need? Keep nothing else: a second check counts the bytes.
+# has to be kept** for backward; `biased_linear_backward` gets that tuple and `output_gradient`, and returns the gradients of
+# `x` and of the bias. The weight is frozen and gets none. `x` has one or more axes before the last: `(tokens, in)`, `(batch,
+# seq, in)` and so on. Which of `x`, `weight`, `bias` and the output does backward need? Keep nothing else: a second check
+# counts the bytes.
 #
 # <details><summary>RuntimeError: mat1 and mat2 shapes cannot be multiplied</summary>
 #
-# `x` ends in `in`, and `weight` is `(out, in)`: forward multiplies by its transpose. `output_gradient` ends in `out`: backward multiplies by
-# the weight as it is.
+# `x` ends in `in`, and `weight` is `(out, in)`: forward multiplies by its transpose. `output_gradient` ends in `out`: backward
+# multiplies by the weight as it is.
 # </details>
 # <details><summary>The gradient of the bias should have shape (out,); it has more axes</summary>
 #
@@ -298,8 +300,8 @@ def gradients_by_definition(
 # </details>
 # <details><summary>The memory check says that too much is kept</summary>
 #
-# Look at what your backward function *uses*. The layer's own weight costs nothing, because it is in memory in any case; a copy of it
-# does (`.clone()`, `.contiguous()`, another dtype), and so does everything as large as the input or the output.
+# Look at what your backward function *uses*. The layer's own weight costs nothing, because it is in memory in any case; a copy
+# of it does (`.clone()`, `.contiguous()`, another dtype), and so does everything as large as the input or the output.
 # </details>
 
 
@@ -335,15 +337,16 @@ def biased_linear_backward(
 check_bias_backward(biased_linear, biased_linear_backward)
 
 # %% [markdown]
-# The second *measures*: it makes a layer of your two functions, takes a training step, and counts what forward left. *2 points.*
+# The second *measures*: it makes a layer of your two functions, takes a training step, and counts what forward left. *2
+# points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-bias-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_bias_memory(biased_linear, biased_linear_backward)
 
 
 # %% [markdown]
-# Does PyTorch do as well by itself? Here is your layer, made into one that autograd can use, beside `nn.Linear` with other things
-# trained. Every number is what forward kept, besides the parameters themselves:
+# Does PyTorch do as well by itself? Here is your layer, made into one that autograd can use, beside `nn.Linear` with other
+# things trained. Every number is what forward kept, besides the parameters themselves:
 
 
 # %%
@@ -425,14 +428,14 @@ figure = plots.memory_bars(
 plots.show(figure, alt="Stacked bars: without gradients and optimizer state; activations are smallest with biases.")
 
 # %% [markdown]
-# *What to see.* Gradients and optimizer state have almost disappeared in both. Activations are a third smaller with biases than in full:
-# no linear layer keeps its input for its own sake. They are not gone, because the gradient has to pass through everything that is not linear
-# (the gate, the product with it, attention, the norms), and each of these needs what it saw. The black line is the peak, the most that was
-# needed at any one moment.
+# *What to see.* Gradients and optimizer state have almost disappeared in both. Activations are a third smaller with biases than
+# in full: no linear layer keeps its input for its own sake. They are not gone, because the gradient has to pass through
+# everything that is not linear (the gate, the product with it, attention, the norms), and each of these needs what it saw. The
+# black line is the peak, the most that was needed at any one moment.
 #
-# And the norm gains, a quarter as many numbers, keep *more*. The gradient of a gain is $\partial \mathcal{L} / \partial \gamma = \sum_t g_t \odot
-# \hat x_t$, where $g_t$ is again the output's gradient and $\hat x$ the normed input: a gain multiplies, so its gradient needs what it is
-# multiplied with. One such tensor a norm:
+# And the norm gains, a quarter as many numbers, keep *more*. The gradient of a gain is $\partial \mathcal{L} / \partial
+# \gamma = \sum_t g_t \odot \hat x_t$, where $g_t$ is again the output's gradient and $\hat x$ the normed input: a gain
+# multiplies, so its gradient needs what it is multiplied with. One such tensor a norm:
 
 # %% tags=["experiment"]
 norms = sum(isinstance(module, RMSNorm) for module in model.modules())
@@ -448,14 +451,14 @@ print(f"norm gains keep more than biases by {more / MEBIBYTE:.1f} MiB")
 # %% [markdown]
 # ## 5. The bias file  ·  2 points, about 15 minutes
 #
-# What was learned is the biases, and nothing else needs to be saved. `save_biases` writes every parameter whose own name is `bias` to
-# a [safetensors](https://huggingface.co/docs/safetensors) file, under its full name (`model.layers.0.self_attn.q_proj.bias`) and in its own dtype.
-# `load_biases` copies them into a model that has biases already, **in place**, because an optimizer may hold these very
-# parameters, and in the model's dtype. If the names or the shapes in the file are not exactly the model's, it raises a `ValueError`
-# before it changes anything.
+# What was learned is the biases, and nothing else needs to be saved. `save_biases` writes every parameter whose own name is
+# `bias` to a [safetensors](https://huggingface.co/docs/safetensors) file, under its full name
+# (`model.layers.0.self_attn.q_proj.bias`) and in its own dtype. `load_biases` copies them into a model that has biases already,
+# **in place**, because an optimizer may hold these very parameters, and in the model's dtype. If the names or the shapes in the
+# file are not exactly the model's, it raises a `ValueError` before it changes anything.
 #
-# Such files do go wrong silently: in peft, `LoraConfig(bias="lora_only")` trained biases that `save_pretrained` left out, because
-# it looked them up under another name (peft issue 3306).
+# Such files do go wrong silently: in peft, `LoraConfig(bias="lora_only")` trained biases that `save_pretrained` left out,
+# because it looked them up under another name (peft issue 3306).
 #
 # <details><summary>The check says that the file holds something that is no bias</summary>
 #
@@ -463,8 +466,8 @@ print(f"norm gains keep more than biases by {more / MEBIBYTE:.1f} MiB")
 # </details>
 # <details><summary>RuntimeError: a leaf Variable that requires grad is being used in an in-place operation</summary>
 #
-# Autograd watches the parameters. Wrap the copying in `with torch.no_grad():`. The tensors of `model.state_dict()` are the parameters'
-# own, and are not watched.
+# Autograd watches the parameters. Wrap the copying in `with torch.no_grad():`. The tensors of `model.state_dict()` are the
+# parameters' own, and are not watched.
 # </details>
 # <details><summary>The check says that a refused file has changed the model, or has failed half-way</summary>
 #
@@ -506,16 +509,17 @@ check_bias_files(save_biases, load_biases)
 # %% [markdown]
 # ## 6. On a real model
 #
-# The task is to judge film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad` more likely? Untrained
-# it is right in about seven of ten cases.
+# The task is to judge film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad` more likely?
+# Untrained it is right in about seven of ten cases.
 
 # %% tags=["experiment"]
 for example in reviews.test.select(range(3)):
     print(repr(example["prompt"]), "->", repr(example["answer"]))
 
 # %% [markdown]
-# Train the biases, with the learning rate that our sweep chose (section 7), thirty times that of full fine-tuning. `fine_tune` scores the
-# model, trains it, scores it again and writes a results row. About a minute and a half on two CPU cores, ten seconds on an H200.
+# Train the biases, with the learning rate that our sweep chose (section 7), thirty times that of full fine-tuning. `fine_tune`
+# scores the model, trains it, scores it again and writes a results row. About a minute and a half on two CPU cores, ten seconds
+# on an H200.
 
 # %% tags=["experiment"]
 from peftlab.experiment import fine_tune
@@ -564,11 +568,12 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The two curves fall together, from six nats to about 0.4, though one method trains four times as many numbers. *Forgetting* is
-# by how much the loss on newspaper sentences has risen, in nats per token. With 480 test reviews, one standard error is about 1.5 points.
+# *What to see.* The two curves fall together, from six nats to about 0.4, though one method trains four times as many numbers.
+# *Forgetting* is by how much the loss on newspaper sentences has risen, in nats per token. With 480 test reviews, one standard
+# error is about 1.5 points.
 #
-# Swapping a task is a matter of milliseconds: the file holds 210 short vectors. Your `load_biases` puts the reviews' biases into a
-# fresh model, and the scores must be the same:
+# Swapping a task is a matter of milliseconds: the file holds 210 short vectors. Your `load_biases` puts the reviews' biases
+# into a fresh model, and the scores must be the same:
 
 # %% tags=["experiment"]
 model, _ = load_smollm2()
@@ -582,8 +587,8 @@ print(f"trained: {bias_row.score_after:.1%}; loaded from the file: {reviews.eval
 # Every bias started at zero, so its size is how far it has gone. Ben Zaken et al. look at that in a BERT. They find that the
 # biases of the queries and of the middle of the MLP change most, and that training these two kinds alone costs little accuracy.
 #
-# Does a kind that has moved far do much? Ask the model: set one kind to zero, in all layers, and score it. Then the other way round: keep one
-# kind and set the other six to zero. Predict the order. About two minutes on two CPU cores.
+# Does a kind that has moved far do much? Ask the model: set one kind to zero, in all layers, and score it. Then the other way
+# round: keep one kind and set the other six to zero. Predict the order. About two minutes on two CPU cores.
 
 # %%
 my_most_needed = None  # one of KINDS: the kind without which the loss rises most
@@ -631,23 +636,23 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* First the column of mean |bias|: all seven kinds have gone about equally far, 0.0079 to 0.0093, though section 9 will find
-# gradients that differ by factors of a thousand. That is AdamW, which divides each gradient by its recent size. So how far a bias has moved says nothing about what
-# it does. (With other optimizers it might.)
+# *What to see.* First the column of mean |bias|: all seven kinds have gone about equally far, 0.0079 to 0.0093, though section
+# 9 will find gradients that differ by factors of a thousand. That is AdamW, which divides each gradient by its recent size. So
+# how far a bias has moved says nothing about what it does. (With other optimizers it might.)
 #
-# Then the figure. Where the blue bar stays at the dashed line, the other six kinds do without this one. Where the orange bar stays at the dotted line,
-# this kind alone does nothing. The keys' bars stand at both: their biases have moved as far as the others', and do next to nothing. Section 9 returns
-# to them.
+# Then the figure. Where the blue bar stays at the dashed line, the other six kinds do without this one. Where the orange bar
+# stays at the dotted line, this kind alone does nothing. The keys' bars stand at both: their biases have moved as far as the
+# others', and do next to nothing. Section 9 returns to them.
 
 # %% [markdown]
 # ## 7. The comparison, measured
 #
-# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every method and two tasks
-# (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right).
+# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every
+# method and two tasks (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right).
 #
-# Each rate was run with one seed. What counts is the *late loss*, the mean training loss of the last ten steps. No row of the data comes
-# twice in a run, so this is a loss on unseen rows, and the test split is not used. The best rate got two more seeds. If their mean
-# then lost to another rate's single run, that rate got two more as well.
+# Each rate was run with one seed. What counts is the *late loss*, the mean training loss of the last ten steps. No row of the
+# data comes twice in a run, so this is a loss on unseen rows, and the test split is not used. The best rate got two more seeds.
+# If their mean then lost to another rate's single run, that rate got two more as well.
 
 # %%
 COMPARED = {
@@ -659,24 +664,26 @@ COMPARED = {
 shipped = plots.show_comparison(COMPARED, "bitfit")
 
 # %% [markdown]
-# *What to see.* Each method has a valley of its own: full fine-tuning wants far smaller steps than the methods that train few numbers.
+# *What to see.* Each method has a valley of its own: full fine-tuning wants far smaller steps than the methods that train few
+# numbers.
 #
-# Read the two tasks apart. The first asks for one of two words, which the model knows; the second for a format
-# that it has never written. Does a constant shift suffice for both? Compare the biases' score with LoRA's in each, and keep
-# the spread in mind before you call one better.
+# Read the two tasks apart. The first asks for one of two words, which the model knows; the second for a format that it has
+# never written. Does a constant shift suffice for both? Compare the biases' score with LoRA's in each, and keep the spread in
+# mind before you call one better.
 #
-# The norm gains do as well as the biases, with fewer than a quarter of their numbers: on reviews within half a point, on tool calls a little better in
-# the mean, by less than either's
-# seeds lie apart. There they also forget less than half as much. But look at the column of activations: the biases need
-# none of their own, and the gains want their normed input. In bytes of a training step the smaller method is the larger one.
+# The norm gains do as well as the biases, with fewer than a quarter of their numbers: on reviews within half a point, on tool
+# calls a little better in the mean, by less than either's seeds lie apart. There they also forget less than half as much. But
+# look at the column of activations: the biases need none of their own, and the gains want their normed input. In bytes of a
+# training step the smaller method is the larger one.
 
 # %% [markdown]
 # ## 8. The same thing in peft
 #
-# Few libraries have BitFit under its name, but peft has its parts. `BeftConfig` (Huang et al. 2025, who train the values' bias alone) adds a
-# zero vector to the output of whichever linear layers you name; named for all seven, that is BitFit on a LLaMA. `LNTuningConfig` trains
-# norms. Below, for each of the two methods, there are two small LLaMAs with the same weights: a `transformers` model with peft, and our
-# `Llama` with your functions. After 20 AdamW steps on the same tokens the losses must agree; only rounding may differ.
+# Few libraries have BitFit under its name, but peft has its parts. `BeftConfig` (Huang et al. 2025, who train the values' bias
+# alone) adds a zero vector to the output of whichever linear layers you name; named for all seven, that is BitFit on a LLaMA.
+# `LNTuningConfig` trains norms. Below, for each of the two methods, there are two small LLaMAs with the same weights: a
+# `transformers` model with peft, and our `Llama` with your functions. After 20 AdamW steps on the same tokens the losses must
+# agree; only rounding may differ.
 
 # %% tags=["experiment"]
 from peft import BeftConfig, LNTuningConfig, get_peft_model
@@ -715,9 +722,9 @@ for method, prepare in METHODS.items():
 # %% [markdown]
 # ### Serving it elsewhere
 #
-# peft keeps its vectors beside the layers, and will not merge them: the layers have no bias to merge them into, and giving them one would
-# make another architecture. Yours *are* another architecture. Which one, `transformers` can say: a LLaMA whose configuration sets
-# `attention_bias` and `mlp_bias`.
+# peft keeps its vectors beside the layers, and will not merge them: the layers have no bias to merge them into, and giving them
+# one would make another architecture. Yours *are* another architecture. Which one, `transformers` can say: a LLaMA whose
+# configuration sets `attention_bias` and `mlp_bias`.
 
 # %% tags=["experiment"]
 try:
@@ -735,18 +742,20 @@ assert apart <= 1e-5, "with both flags the two models must agree"
 
 # %% [markdown]
 # Forget a flag, and biases are dropped without a word: that is what `strict=False` does. It happens. A way round an engine that
-# knew no biases in a LLaMA was to pass the model off as a Qwen2, which has them on queries, keys and values only; of one model, 240 of 420
-# vectors were lost so (mlc-llm pull request 3494).
+# knew no biases in a LLaMA was to pass the model off as a Qwen2, which has them on queries, keys and values only; of one model,
+# 240 of 420 vectors were lost so (mlc-llm pull request 3494).
 
 # %% [markdown]
 # ## 9. Where a bias acts
 #
-# Not all of the seven are worth having. Look at attention. The score of query $i$ and key $j$, with a bias on each and without rotary positions, is
+# Not all of the seven are worth having. Look at attention. The score of query $i$ and key $j$, with a bias on each and without
+# rotary positions, is
 #
 # $$ (q_i + b_q) \cdot (k_j + b_k) = q_i \cdot k_j + b_q \cdot k_j + \underbrace{q_i \cdot b_k + b_q \cdot b_k}_{\text{the same for all } j} $$
 #
-# and softmax over $j$ does not see what all scores have in common. RoPE turns query and key by angles that depend on their positions
-# before the product. Predict: for which of the seven is the gradient zero *without* rotation, and for which *with* it?
+# and softmax over $j$ does not see what all scores have in common. RoPE turns query and key by angles that depend on their
+# positions before the product. Predict: for which of the seven is the gradient zero *without* rotation, and for which *with*
+# it?
 
 # %%
 zero_without_rotation = None  # a list of names from KINDS, perhaps empty
@@ -775,13 +784,13 @@ for name, guess, sizes in (("without", zero_without_rotation, still), ("with", z
     print(f"zero but for rounding {name} rotation: {', '.join(zero) or 'none'}; you said {guess}")
 
 # %% [markdown]
-# *What to see.* Without rotation the key's bias has no gradient, but for rounding: it cannot matter. Whisper and BEiT, which do not
-# rotate, leave it out, and readers of such code wonder why (EVA issue 53). With RoPE it does not cancel: the product of a *turned* query
-# with the *turned* bias depends on the distance between the two. Query and key bias together can say "look so far back",
-# whatever the tokens are.
+# *What to see.* Without rotation the key's bias has no gradient, but for rounding: it cannot matter. Whisper and BEiT, which do
+# not rotate, leave it out, and readers of such code wonder why (EVA issue 53). With RoPE it does not cancel: the product of a
+# *turned* query with the *turned* bias depends on the distance between the two. Query and key bias together can say "look so
+# far back", whatever the tokens are.
 #
-# The largest gradients are those of `o_proj` and `down_proj`, which write straight into the residual stream. And the value bias? Attention
-# weights sum to one, so that
+# The largest gradients are those of `o_proj` and `down_proj`, which write straight into the residual stream. And the value
+# bias? Attention weights sum to one, so that
 #
 # $$ W_o \sum_j a_{ij} (v_j + b_v) + b_o = W_o \sum_j a_{ij} v_j + (W_o\, b_v + b_o) $$
 #
@@ -790,9 +799,8 @@ for name, guess, sizes in (("without", zero_without_rotation, still), ("with", z
 # %% [markdown]
 # ## 10. Bug hunt  ·  2 points, about 15 minutes
 #
-# So the value bias can be folded into the output bias, as TransformerLens does by default with the models that it loads (its pull
-# request 116).
-# Someone has written that down:
+# So the value bias can be folded into the output bias, as TransformerLens does by default with the models that it loads (its
+# pull request 116). Someone has written that down:
 
 
 # %%
@@ -826,20 +834,20 @@ def change_by(fold: Callable[[LlamaAttention], None]) -> float:
 print(f"largest change of any logit: {change_by(fold_value_bias_with_a_bug):.1e}")
 
 # %% [markdown]
-# Write `fold_value_bias` so that the attention's output stays what it was, for any number of heads. It changes two parameters, in
-# place: `o_proj.bias` gains what `v_proj.bias` gave, and `v_proj.bias` becomes zero (it stays there, so that the configuration still
-# fits). Both biases exist. `attention.head_dim` is the size of a head.
+# Write `fold_value_bias` so that the attention's output stays what it was, for any number of heads. It changes two parameters,
+# in place: `o_proj.bias` gains what `v_proj.bias` gave, and `v_proj.bias` becomes zero (it stays there, so that the
+# configuration still fits). Both biases exist. `attention.head_dim` is the size of a head.
 #
 # <details><summary>I see no bug</summary>
 #
-# Compare the configurations of the two models in `PRESETS`. Which of the numbers that differ does this function depend on? What is `groups`
-# in each model?
+# Compare the configurations of the two models in `PRESETS`. Which of the numbers that differ does this function depend on? What
+# is `groups` in each model?
 # </details>
 # <details><summary>I see that the heads differ, and still no bug</summary>
 #
-# Neighbouring query heads share a value head: with four and two, heads 0 and 1 use value head 0, heads 2 and 3 use value head 1. What order
-# does `repeat` give, on `torch.tensor([0, 1]).repeat(2)`, say? (ONNX's definition of this kind of attention had the same mix-up: onnx
-# pull request 7274.)
+# Neighbouring query heads share a value head: with four and two, heads 0 and 1 use value head 0, heads 2 and 3 use value
+# head 1. What order does `repeat` give, on `torch.tensor([0, 1]).repeat(2)`, say? (ONNX's definition of this kind of attention
+# had the same mix-up: onnx pull request 7274.)
 # </details>
 # <details><summary>`repeat_interleave` does not help either</summary>
 #
@@ -879,56 +887,61 @@ print(f"{left:,} of {sum(tensor.numel() for tensor in trained_biases.values()):,
 print(f"before: {bias_row.score_after:.1%}; folded: {reviews.evaluate(model):.1%}")
 
 # %% [markdown]
-# That the two have the same *effect* does not mean that they *train* alike: $W_o b_v$ reaches the output through a weight, so the same
-# gradient step moves it elsewhere. Huang et al. (2025) train only the values' bias, and find it better than those of queries or keys.
+# That the two have the same *effect* does not mean that they *train* alike: $W_o b_v$ reaches the output through a weight, so
+# the same gradient step moves it elsewhere. Huang et al. (2025) train only the values' bias, and find it better than those of
+# queries or keys.
 
 # %% [markdown]
 # ## 11. In your own words  ·  2 points, marked by hand
 #
-# A colleague has one GPU whose memory is nearly full of weights. She reads your two counts, 155,520 biases and 35,136 norm gains, and
-# argues: "Gains are four times fewer, so training them takes less memory. And in either case backward has next to nothing to do."
+# A colleague has one GPU whose memory is nearly full of weights. She reads your two counts, 155,520 biases and 35,136 norm
+# gains, and argues: "Gains are four times fewer, so training them takes less memory. And in either case backward has next to
+# nothing to do."
 #
-# In about 120 words: which bytes differ between the two methods, which way, and why? What does backward still have to compute when only
-# biases are trained, and what is it spared? Refer to at least two numbers that you measured in section 4.
+# In about 120 words: which bytes differ between the two methods, which way, and why? What does backward still have to compute
+# when only biases are trained, and what is it spared? Refer to at least two numbers that you measured in section 4.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: the bytes.* Gradients and optimizer state are fewer with gains, but small beside the rest in both (under 2 MiB
-# together); activations are larger with gains (453 against 391 MiB), because the gradient of a factor needs what it is
-# multiplied with, one normed hidden state a norm, while that of a summand needs nothing. Two measured figures are quoted, with their unit.
-# *1 point: the work.* The gradient still has to pass back through every layer, with a product by each weight, and through attention,
-# gate and norms, which need what they saw (so that activations are not zero); spared are the products that make weight gradients,
-# about half of backward, and keeping their inputs. Half points for either part without its reason.
+# **Rubric.** *1 point: the bytes.* Gradients and optimizer state are fewer with gains, but small beside the rest in both (under
+# 2 MiB together); activations are larger with gains (453 against 391 MiB), because the gradient of a factor needs what it is
+# multiplied with, one normed hidden state a norm, while that of a summand needs nothing. Two measured figures are quoted, with
+# their unit. *1 point: the work.* The gradient still has to pass back through every layer, with a product by each weight, and
+# through attention, gate and norms, which need what they saw (so that activations are not zero); spared are the products that
+# make weight gradients, about half of backward, and keeping their inputs. Half points for either part without its reason.
 #
-# **A full answer.** She is right about gradients and optimizer state, but those are 1.8 MiB with biases and 0.4 with gains, which is nothing
-# beside 513 MiB of weights. Activations go the other way: 391 MiB with biases and 453 with gains. A bias is added, so its gradient is
-# the sum of the output's gradients and nothing has to be kept; a gain multiplies the normed input, so that input is kept, once for each of 61
-# norms, 62 MiB in all. Backward is not idle: to reach the first layer's biases, the gradient goes through all thirty layers, one product with
-# every weight, and the gate and attention need their inputs. It is spared the second product, the one that gives the weights'
-# gradients, and keeping the linear layers' inputs.
+# **A full answer.** She is right about gradients and optimizer state, but those are 1.8 MiB with biases and 0.4 with gains,
+# which is nothing beside 513 MiB of weights. Activations go the other way: 391 MiB with biases and 453 with gains. A bias is
+# added, so its gradient is the sum of the output's gradients and nothing has to be kept; a gain multiplies the normed input, so
+# that input is kept, once for each of 61 norms, 62 MiB in all. Backward is not idle: to reach the first layer's biases, the
+# gradient goes through all thirty layers, one product with every weight, and the gate and attention need their inputs. It is
+# spared the second product, the one that gives the weights' gradients, and keeping the linear layers' inputs.
 #
-# **An answer worth one point.** She is wrong, because the gains use more memory (453 MiB activations) than the biases (391 MiB): a gain is
-# multiplied, so you need to save what it is multiplied with for backward. Backward has little to do because only the biases get gradients.
+# **An answer worth one point.** She is wrong, because the gains use more memory (453 MiB activations) than the biases (391
+# MiB): a gain is multiplied, so you need to save what it is multiplied with for backward. Backward has little to do because
+# only the biases get gradients.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A LLaMA with biases that it was not born with, trained with a hundred and fifty thousand numbers; a backward pass that keeps nothing
-# but weights; and a file of some six hundred kilobytes a task. Unit 07 puts small layers of their own between the frozen ones, unit 08
-# changes the weights themselves, at low rank.
+# A LLaMA with biases that it was not born with, trained with a hundred and fifty thousand numbers; a backward pass that keeps
+# nothing but weights; and a file of some six hundred kilobytes a task. Unit 07 puts small layers of their own between the
+# frozen ones, unit 08 changes the weights themselves, at low rank.
 #
 # ## Sources
 #
-# - Ben Zaken, Goldberg and Ravfogel (2022), *BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models*,
-#   ACL, arXiv 2106.10199.
-# - Huang, Balashankar and Aminifar (2025), *BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes*, arXiv 2509.15974: which
-#   of the attention's biases to train, also for models without any.
-# - Chowdhery et al. (2022), *PaLM: Scaling Language Modeling with Pathways*, arXiv 2204.02311: section 2, a model without biases.
-# - Su et al. (2021), *RoFormer: Enhanced Transformer with Rotary Position Embedding*, arXiv 2104.09864; Zhang and Sennrich (2019), *Root Mean
-#   Square Layer Normalization*, arXiv 1910.07467.
-# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025), *SmolLM2*,
-#   arXiv 2502.02737.
+# - Ben Zaken, Goldberg and Ravfogel (2022), *BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+#   Language-models*, ACL, arXiv 2106.10199.
+# - Huang, Balashankar and Aminifar (2025), *BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes*, arXiv
+#   2509.15974: which of the attention's biases to train, also for models without any.
+# - Chowdhery et al. (2022), *PaLM: Scaling Language Modeling with Pathways*, arXiv 2204.02311: section 2, a model without
+#   biases.
+# - Su et al. (2021), *RoFormer: Enhanced Transformer with Rotary Position Embedding*, arXiv 2104.09864; Zhang and Sennrich
+#   (2019), *Root Mean Square Layer Normalization*, arXiv 1910.07467.
+# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025),
+#   *SmolLM2*, arXiv 2502.02737.
 # - peft issue [3306](https://github.com/huggingface/peft/issues/3306); TransformerLens pull request
-#   [116](https://github.com/TransformerLensOrg/TransformerLens/pull/116); onnx pull request [7274](https://github.com/onnx/onnx/pull/7274); mlc-llm
-#   pull request [3494](https://github.com/mlc-ai/mlc-llm/pull/3494); EVA issue [53](https://github.com/baaivision/EVA/issues/53).
+#   [116](https://github.com/TransformerLensOrg/TransformerLens/pull/116); onnx pull request
+#   [7274](https://github.com/onnx/onnx/pull/7274); mlc-llm pull request [3494](https://github.com/mlc-ai/mlc-llm/pull/3494);
+#   EVA issue [53](https://github.com/baaivision/EVA/issues/53).

@@ -13,8 +13,9 @@
 # |---|---|---|---|
 # | 100, and 5 of experiments on two CPU cores | 3 of 5 | 14 | 00_start_here; some PyTorch |
 #
-# Everybody has tried to get more out of a language model by a better prompt. Lester et al. (2021) let gradient descent look for it. A
-# prompt is a row of vectors before the model sees it, so they train these vectors, a few thousand numbers, and leave the model alone.
+# Everybody has tried to get more out of a language model by a better prompt. Lester et al. (2021) let gradient descent look for
+# it. A prompt is a row of vectors before the model sees it, so they train these vectors, a few thousand numbers, and leave the
+# model alone.
 #
 # **When you have finished, you can**
 #
@@ -52,8 +53,8 @@ UNIT = "05_prompt_tuning"
 # %% [markdown]
 # ## The idea
 #
-# The first thing that a language model does is look up a vector for every token, $E(x)$. All layers above see vectors only. So the
-# embeddings of a text can be taken apart from the rest, and our LLaMA has a method for each of the two steps:
+# The first thing that a language model does is look up a vector for every token, $E(x)$. All layers above see vectors only. So
+# the embeddings of a text can be taken apart from the rest, and our LLaMA has a method for each of the two steps:
 
 # %%
 torch.manual_seed(0)
@@ -64,12 +65,13 @@ hidden = tiny.model.run_layers(embeddings)
 print("the same as for the ids themselves:", torch.equal(hidden, tiny.model(input_ids)))
 
 # %% [markdown]
-# `run_layers` does not ask where the vectors come from. A prompt in words stands in front of the text as embeddings of its tokens. Prompt tuning puts a
-# matrix $P$ there instead and trains it. Its rows do not have to be the embedding of any token:
+# `run_layers` does not ask where the vectors come from. A prompt in words stands in front of the text as embeddings of its
+# tokens. Prompt tuning puts a matrix $P$ there instead and trains it. Its rows do not have to be the embedding of any token:
 #
 # $$ h = \mathrm{layers}\big([\,P;\, E(x)\,]\big), \qquad P \in \mathbb{R}^{p \times d}, \quad E(x) \in \mathbb{R}^{n \times d} $$
 #
-# This is a **soft prompt** of $p$ vectors. One line of code for the equation, and the definition that your model has to agree with:
+# This is a **soft prompt** of $p$ vectors. One line of code for the equation, and the definition that your model has to agree
+# with:
 
 # %%
 soft_prompt = torch.randn(4, 64)  # p = 4, d = 64
@@ -77,8 +79,9 @@ hidden = tiny.model.run_layers(torch.cat([soft_prompt[None], embeddings], dim=1)
 print("4 + 7 positions:", list(hidden.shape))
 
 # %% [markdown]
-# That would be all, were it not for the padding in a batch. Here is a batch of three rows with a soft prompt of four vectors. The
-# number in each box is its position, by which RoPE turns queries and keys; grey boxes are padding, which the attention mask hides.
+# That would be all, were it not for the padding in a batch. Here is a batch of three rows with a soft prompt of four vectors.
+# The number in each box is its position, by which RoPE turns queries and keys; grey boxes are padding, which the attention mask
+# hides.
 
 # %%
 prompt_colour, text_colour, padding_colour = "#D55E00", "#56B4E9", "#DDDDDD"
@@ -102,8 +105,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* In the third row padding lies between prompt and text. The positions go on across it without a gap, so that the row gives what it gives
-# alone. (peft leaves the gap in; section 9 shows what that does.)
+# *What to see.* In the third row padding lies between prompt and text. The positions go on across it without a gap, so that the
+# row gives what it gives alone. (peft leaves the gap in; section 9 shows what that does.)
 #
 # ### Predict, then count: how many numbers are trained?
 #
@@ -117,31 +120,33 @@ my_prediction = {"SmolLM2-135M": {16: "", 100: ""}, "LLaMA-7B": {16: "", 100: ""
 # %% [markdown]
 # ## 1. The model with its prompt  ·  4 points, about 25 minutes
 #
-# `PromptedModel` takes the place of a `LlamaModel`, which it keeps as `base`. It returns hidden states for the **text's** positions
-# only; those of the prompt are cut off. So `model.model = PromptedModel(model.model, start)` is all that it takes, and losses, scores and
-# generation work as before: they never see the prompt. In particular
+# `PromptedModel` takes the place of a `LlamaModel`, which it keeps as `base`. It returns hidden states for the **text's**
+# positions only; those of the prompt are cut off. So `model.model = PromptedModel(model.model, start)` is all that it takes,
+# and losses, scores and generation work as before: they never see the prompt. In particular
 #
-# - the base is frozen, and `soft_prompt` is an `nn.Parameter` that starts as a *copy* of `start`, in its dtype. In `forward` it takes on the
-#   dtype of the embeddings: people train a prompt in fp32 on a model in bf16;
-# - `attention_mask` speaks of the text alone, 1 for a token and 0 for padding on either side. `run_layers` wants one for prompt and
-#   text. It may be None, for no padding or padding on the right;
-# - with a mask, tell `run_layers` the positions, each row its own: whole numbers, in the shape of the mask that `run_layers` gets.
+# - the base is frozen, and `soft_prompt` is an `nn.Parameter` that starts as a *copy* of `start`, in its dtype. In `forward` it
+#   takes on the dtype of the embeddings: people train a prompt in fp32 on a model in bf16;
+# - `attention_mask` speaks of the text alone, 1 for a token and 0 for padding on either side. `run_layers` wants one for prompt
+#   and text. It may be None, for no padding or padding on the right;
+# - with a mask, tell `run_layers` the positions, each row its own: whole numbers, in the shape of the mask that `run_layers`
+#   gets.
 #
 # From your base you need two things: `embed_tokens(input_ids)` and `run_layers(x, attention_mask, positions)`.
 #
 # <details><summary>RuntimeError: Sizes of tensors must match except in dimension 1</summary>
 #
-# The embeddings are `(batch, seq, hidden)` and the prompt is `(prompt, hidden)`. `prompt.expand(batch, -1, -1)` shows the one prompt
-# to every row, without copying it.
+# The embeddings are `(batch, seq, hidden)` and the prompt is `(prompt, hidden)`. `prompt.expand(batch, -1, -1)` shows the one
+# prompt to every row, without copying it.
 # </details>
 # <details><summary>The size of the mask does not fit</summary>
 #
-# There are `prompt + seq` positions. Put ones in front: `attention_mask.new_ones(batch, prompt)` has the mask's dtype and device.
+# There are `prompt + seq` positions. Put ones in front: `attention_mask.new_ones(batch, prompt)` has the mask's dtype and
+# device.
 # </details>
 # <details><summary>The check says that padding counts as distance</summary>
 #
-# Number the ones of the extended mask along each row. `mask.cumsum(dim=1)` counts them; it begins at 1, subtract 1 to begin at 0. What
-# padding gets does not matter.
+# Number the ones of the extended mask along each row. `mask.cumsum(dim=1)` counts them; it begins at 1, subtract 1 to begin
+# at 0. What padding gets does not matter.
 # </details>
 # <details><summary>The check says that soft_prompt gets no gradient</summary>
 #
@@ -189,22 +194,23 @@ class PromptedModel(nn.Module):
 
 
 # %% [markdown]
-# The first check compares hidden states and the prompt's gradient with those of a spec that goes row by row, without padding and with it.
-# *3 points.*
+# The first check compares hidden states and the prompt's gradient with those of a spec that goes row by row, without padding
+# and with it. *3 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-prompted-forward", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_prompted_forward(PromptedModel)
 
 # %% [markdown]
-# The second *measures*: it takes a training step and counts the bytes of every gradient, of the optimizer's state, and of all that
-# forward keeps for backward. *1 point.*
+# The second *measures*: it takes a training step and counts the bytes of every gradient, of the optimizer's state, and of all
+# that forward keeps for backward. *1 point.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-prompted-memory", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_prompted_memory(PromptedModel)
 
 # %% [markdown]
-# Now the count. `with_prompt` freezes the *whole* model first: the head lies outside of `model.model`, and where it is not tied to the
-# embedding, as in LLaMA-7B, it would go on training. On the device "meta" tensors have shapes and no numbers, so a 7B costs nothing.
+# Now the count. `with_prompt` freezes the *whole* model first: the head lies outside of `model.model`, and where it is not tied
+# to the embedding, as in LLaMA-7B, it would go on training. On the device "meta" tensors have shapes and no numbers, so a 7B
+# costs nothing.
 
 
 # %%
@@ -226,20 +232,21 @@ for name in ("SmolLM2-135M", "LLaMA-7B"):
         print(f"{name:<14}{length:>8}{trained:>10,}{trained / total:>14.5%}{my_prediction[name][length] or '-':>13}")
 
 # %% [markdown]
-# *What to see.* A soft prompt has $p\,d$ numbers; a model has about $d^2$ for every matrix in every layer. So the share falls as models grow.
-# The table's "less than 0.01%" holds for a 7B even with 100 vectors, and for our small model with 16, not with 100.
+# *What to see.* A soft prompt has $p\,d$ numbers; a model has about $d^2$ for every matrix in every layer. So the share falls
+# as models grow. The table's "less than 0.01%" holds for a 7B even with 100 vectors, and for our small model with 16, not
+# with 100.
 
 # %% [markdown]
 # ## 2. Where to start  ·  2 points, about 15 minutes
 #
-# Three ways to start, simplest first. All return a tensor of shape `(length, hidden)` that shares no memory with the
-# embedding and asks for no gradient, those from the embedding in its dtype:
+# Three ways to start, simplest first. All return a tensor of shape `(length, hidden)` that shares no memory with the embedding
+# and asks for no gradient, those from the embedding in its dtype:
 #
 # - `random_start`: standard normal numbers, as in peft (Lester et al. draw uniformly from $[-0.5, 0.5]$);
-# - `vocabulary_start`: the embeddings of `length` *different* tokens, drawn from the whole vocabulary (Lester et al. draw from the
-#   5,000 most common);
-# - `text_start`: the embeddings of a text's tokens, say of an instruction, as in peft (Lester et al. take the names of the classes). A
-#   longer text is cut at its end, a shorter one begins again:
+# - `vocabulary_start`: the embeddings of `length` *different* tokens, drawn from the whole vocabulary (Lester et al. draw from
+#   the 5,000 most common);
+# - `text_start`: the embeddings of a text's tokens, say of an instruction, as in peft (Lester et al. take the names of the
+#   classes). A longer text is cut at its end, a shorter one begins again:
 #
 # $$ P_i = E(t_{\,i \bmod n}), \qquad i = 0, \dots, p - 1 $$
 #
@@ -283,8 +290,8 @@ def text_start(embedding: nn.Embedding, token_ids: Sequence[int], length: int) -
 check_starts(random_start, vocabulary_start, text_start)
 
 # %% [markdown]
-# A soft prompt that starts from a text *is* that text, until the first step. This can be proved, as any injection should be: the
-# hidden states of what follows are those that the text in front, as tokens, would give.
+# A soft prompt that starts from a text *is* that text, until the first step. This can be proved, as any injection should be:
+# the hidden states of what follows are those that the text in front, as tokens, would give.
 
 # %%
 instruction, text = torch.randint(0, 256, (1, 5)), torch.randint(0, 256, (2, 9))
@@ -295,7 +302,8 @@ print("largest difference:", (prompted(text) - as_tokens).abs().max().item())
 # %% [markdown]
 # ### How large is a word?
 #
-# Which of the three is a likely prompt? Look at sizes first. This loads SmolLM2: about 15 seconds the first time, a second later on.
+# Which of the three is a likely prompt? Look at sizes first. This loads SmolLM2: about 15 seconds the first time, a second
+# later on.
 
 # %% tags=["experiment"]
 from peftlab import settings, tasks
@@ -321,9 +329,9 @@ sizes = embedding.weight.detach().pow(2).mean(1).sqrt()
 print(f"{'one token':<11} {sizes.mean():.3f} on average, {sizes.max():.3f} at most")
 
 # %% [markdown]
-# *What to see.* A random start is three times as large as the largest token: the model has never seen such vectors. What does each start do
-# to the untrained model? The next cell asks for its opinion on 96 reviews. Predict the order of the four losses. A fifth start is there to
-# find out whether *size* is what hurts: the random one, made as small as words.
+# *What to see.* A random start is three times as large as the largest token: the model has never seen such vectors. What does
+# each start do to the untrained model? The next cell asks for its opinion on 96 reviews. Predict the order of the four losses.
+# A fifth start is there to find out whether *size* is what hurts: the random one, made as small as words.
 
 # %%
 my_order = []  # of "no prompt", "random", "vocabulary" and "text", the lowest loss first
@@ -340,15 +348,15 @@ for name, (loss, score) in untrained.items():
 print("you said:", ", ".join(my_order) or "-")
 
 # %% [markdown]
-# *What to see.* The instruction takes away more than two nats. The others change the loss by less than half a nat, the random one too,
-# whose vectors the model has never seen. And size hardly matters: the small random start is not far from the large
+# *What to see.* The instruction takes away more than two nats. The others change the loss by less than half a nat, the random
+# one too, whose vectors the model has never seen. And size hardly matters: the small random start is not far from the large
 # one. The first thing that a layer does is to norm its input, so queries, keys and values do not see how long a vector is.
 #
 # ## 3. Measured: what is saved, what is not
 #
-# What will a training step hold, compared with LoRA (unit 08: two thin trained matrices beside each frozen one), which trains over 250 times as many
-# numbers here but adds no position? Write down, for each kind of bytes, whether prompt tuning needs "less" than LoRA, "as much" (to ten
-# percent) or "more".
+# What will a training step hold, compared with LoRA (unit 08: two thin trained matrices beside each frozen one), which trains
+# over 250 times as many numbers here but adds no position? Write down, for each kind of bytes, whether prompt tuning needs
+# "less" than LoRA, "as much" (to ten percent) or "more".
 
 # %%
 i_think = {"parameters": "", "gradients": "", "optimizer_state": "", "activations": ""}
@@ -388,26 +396,30 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Gradients and optimizer state of a soft prompt are a tenth of a mebibyte. But its gradient has to come down through
-# every layer to the very first position of the sequence. So each layer keeps what it needs for that, as with LoRA, and there are more
-# positions: over half as many again. Then why are activations not half as many again? The last two lines say it. A LoRA layer also keeps
-# the inputs of its trained factors. A prompt trains nothing inside a layer, and each position costs less.
+# *What to see.* Gradients and optimizer state of a soft prompt are a tenth of a mebibyte. But its gradient has to come down
+# through every layer to the very first position of the sequence. So each layer keeps what it needs for that, as with LoRA, and
+# there are more positions: over half as many again. Then why are activations not half as many again? The last two lines say it.
+# A LoRA layer also keeps the inputs of its trained factors. A prompt trains nothing inside a layer, and each position costs
+# less.
 #
-# The longer sequence stays for ever after: unlike a LoRA, a prompt cannot be merged away. Every request reads it, and it takes its place
-# in the context window.
+# The longer sequence stays for ever after: unlike a LoRA, a prompt cannot be merged away. Every request reads it, and it takes
+# its place in the context window.
 
 # %% [markdown]
 # ## 4. The loss over prompt and text  ·  1 point, about 10 minutes
 #
-# `PromptedModel` hides the prompt's positions. Most libraries don't: peft's model returns logits for *all* positions, prompt and text, and code that
-# computes a loss or a score from them must know it. (Pull request 533 to EleutherAI's evaluation harness is about logits
-# that were taken from where the text would be without a prompt.) Write the loss for such logits. Given
+# `PromptedModel` hides the prompt's positions. Most libraries don't: peft's model returns logits for *all* positions, prompt
+# and text, and code that computes a loss or a score from them must know it. (Pull request 533 to EleutherAI's evaluation
+# harness is about logits that were taken from where the text would be without a prompt.) Write the loss for such logits. Given
 #
-# - `logits`, `(batch, prompt + seq, vocab)`, and `labels`, `(batch, seq)`, of the text only, with `IGNORE` (-100) where a position has no label,
+# - `logits`, `(batch, prompt + seq, vocab)`, and `labels`, `(batch, seq)`, of the text only, with `IGNORE` (-100) where a
+#   position has no label,
 #
-# return the mean of $-\log p(\text{label})$ over all labels, computed in fp32, where the logits at each position predict the *next* one.
+# return the mean of $-\log p(\text{label})$ over all labels, computed in fp32, where the logits at each position predict the
+# *next* one.
 #
-# A question to answer on the way: without a prompt the first token of a text cannot be learned, for nothing predicts it. And with one?
+# A question to answer on the way: without a prompt the first token of a text cannot be learned, for nothing predicts it. And
+# with one?
 #
 # <details><summary>The check says that the first token is not counted</summary>
 #
@@ -415,13 +427,13 @@ plots.show(
 # </details>
 # <details><summary>The check says that the labels are shifted once too often</summary>
 #
-# Extend the labels by `IGNORE` in front, as many as the prompt has vectors. Now logits and labels have the same length, and everything
-# is as usual: `logits[:, :-1]` predict `labels[:, 1:]`.
+# Extend the labels by `IGNORE` in front, as many as the prompt has vectors. Now logits and labels have the same length, and
+# everything is as usual: `logits[:, :-1]` predict `labels[:, 1:]`.
 # </details>
 # <details><summary>Cross-entropy complains about shapes</summary>
 #
-# `nn.functional.cross_entropy` wants the classes in the second dimension. Flatten batch and sequence into one: `(positions, vocab)` and
-# `(positions,)`.
+# `nn.functional.cross_entropy` wants the classes in the second dimension. Flatten batch and sequence into one: `(positions,
+# vocab)` and `(positions,)`.
 # </details>
 
 
@@ -458,13 +470,13 @@ for unlabelled in (1, 0):
 # ## 5. One batch, several tasks  ·  2 points, about 20 minutes
 #
 # A thousand customers, each with a task of their own, and one GPU. With full fine-tuning that is a thousand models; with LoRA a
-# thousand adapters, which must not be merged if rows of one batch are to use different ones. With prompts nothing special is needed: the
-# task is in the *input*. Each row simply reads another prompt.
+# thousand adapters, which must not be merged if rows of one batch are to use different ones. With prompts nothing special is
+# needed: the task is in the *input*. Each row simply reads another prompt.
 #
 # `MixedPrompts` holds several prompts, **of different lengths**, and one frozen base. Row $i$ of a batch is read with prompt
-# `task_ids[i]`, and must give exactly what it would give alone. Yet the base runs *once*, over all rows together. Rows of a batch have
-# equal length, so the shorter prompts must be padded, and the padding hidden. As in section 1, a prompt keeps its dtype, and takes on
-# that of the embeddings in `forward`.
+# `task_ids[i]`, and must give exactly what it would give alone. Yet the base runs *once*, over all rows together. Rows of a
+# batch have equal length, so the shorter prompts must be padded, and the padding hidden. As in section 1, a prompt keeps its
+# dtype, and takes on that of the embeddings in `forward`.
 #
 # <details><summary>How do I register a list of parameters?</summary>
 #
@@ -472,9 +484,9 @@ for unlabelled in (1, 0):
 # </details>
 # <details><summary>Where do I put a prompt's padding?</summary>
 #
-# In front or behind, as you like, if the mask says where it is and the positions skip it: `nn.functional.pad(prompt, (0, 0, missing, 0))` adds
-# `missing` rows of zeros in front. Stack the padded prompts, `(tasks, longest, hidden)`, and index them by `task_ids`; the same with
-# their masks.
+# In front or behind, as you like, if the mask says where it is and the positions skip it: `nn.functional.pad(prompt, (0, 0,
+# missing, 0))` adds `missing` rows of zeros in front. Stack the padded prompts, `(tasks, longest, hidden)`, and index them by
+# `task_ids`; the same with their masks.
 # </details>
 # <details><summary>The shape of the hidden states is wrong</summary>
 #
@@ -531,10 +543,10 @@ check_mixed_prompts(MixedPrompts)
 # %% [markdown]
 # ## 6. The prompt's file  ·  1 point, about 10 minutes
 #
-# What was learned is the prompt. `save_prompt` writes it to a [safetensors](https://huggingface.co/docs/safetensors) file under the name
-# `soft_prompt`, and nothing else. `load_prompt` copies it into the model's own parameter, in place, because an optimizer may hold that
-# very tensor: the parameter keeps its memory and its dtype, whatever the file's dtype is. If the file holds anything else than one `soft_prompt`
-# of the same shape, it raises a `ValueError` before it changes anything.
+# What was learned is the prompt. `save_prompt` writes it to a [safetensors](https://huggingface.co/docs/safetensors) file under
+# the name `soft_prompt`, and nothing else. `load_prompt` copies it into the model's own parameter, in place, because an
+# optimizer may hold that very tensor: the parameter keeps its memory and its dtype, whatever the file's dtype is. If the file
+# holds anything else than one `soft_prompt` of the same shape, it raises a `ValueError` before it changes anything.
 #
 # <details><summary>The check says that a prompt of one vector is taken for a whole one</summary>
 #
@@ -579,18 +591,18 @@ check_prompt_files(save_prompt, load_prompt)
 # %% [markdown]
 # ## 7. Bug hunt: metrics that never move  ·  2 points, about 20 minutes
 #
-# *After peft issue 2642.* Someone runs the library's own example of prompt tuning and gets the same line after every epoch: accuracy
-# 0.6838, F1 0.8122. The logits do change. The two numbers belong together:
+# *After peft issue 2642.* Someone runs the library's own example of prompt tuning and gets the same line after every epoch:
+# accuracy 0.6838, F1 0.8122. The logits do change. The two numbers belong together:
 
 # %%
 accuracy = 0.6838235294117647  # as in the issue
 print(f"F1 of one who says yes to everything and is right in {accuracy:.2%} of cases: {2 * accuracy / (1 + accuracy):.4f}")
 
 # %% [markdown]
-# So the model says yes to everything, before and after: whatever moved, it never was enough to change one answer. Nothing crashes
-# in such a run, and as long as anything at all is trained (there, a classifier on top), the loss goes down a little. We don't know what was
-# wrong in that one; but here are three in which the prompt does not learn either. Each has a fault of its own. Read them, and write down what
-# you would change before you run the next cell.
+# So the model says yes to everything, before and after: whatever moved, it never was enough to change one answer. Nothing
+# crashes in such a run, and as long as anything at all is trained (there, a classifier on top), the loss goes down a little. We
+# don't know what was wrong in that one; but here are three in which the prompt does not learn either. Each has a fault of its
+# own. Read them, and write down what you would change before you run the next cell.
 
 # %%
 my_faults = {"a": "", "b": "", "c": ""}
@@ -633,11 +645,11 @@ for name, run in {"a": run_a, "b": run_b, "c": run_c}.items():
     print(f"run {name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, the prompt moved by {moved:.2%} of its length")
 
 # %% [markdown]
-# In two of the runs the loss falls nicely, and the prompt has not moved at all. What *is* trained there? Your `diagnose` will tell the two
-# apart.
+# In two of the runs the loss falls nicely, and the prompt has not moved at all. What *is* trained there? Your `diagnose` will
+# tell the two apart.
 #
-# In the third the prompt moves, and by next to nothing. AdamW divides by the gradient's size. So *whatever the gradient*, if it is well
-# above AdamW's `eps` of 1e-8, it moves each number by about the learning rate in a step:
+# In the third the prompt moves, and by next to nothing. AdamW divides by the gradient's size. So *whatever the gradient*, if it
+# is well above AdamW's `eps` of 1e-8, it moves each number by about the learning rate in a step:
 
 # %%
 for size in (1e-6, 1.0, 1e3):
@@ -648,23 +660,26 @@ for size in (1e-6, 1.0, 1e3):
     print(f"gradient {size:>6g}: moved by {number.item():.4f}")
 
 # %% [markdown]
-# All steps together can move a number by about `learning_rate * steps`, and no further. If that is little beside the size of the numbers
-# themselves, the prompt stays where it started. Full fine-tuning is content with far less: in section 8 its 40 steps at 3e-5 can move a
-# weight by 0.0012, and it learns. The numbers of a prompt are words (0.13, above), or larger.
+# All steps together can move a number by about `learning_rate * steps`, and no further. If that is little beside the size of
+# the numbers themselves, the prompt stays where it started. Full fine-tuning is content with far less: in section 8 its 40
+# steps at 3e-5 can move a weight by 0.0012, and it learns. The numbers of a prompt are words (0.13, above), or larger.
 #
 # Write `diagnose`, which says what is wrong *before* a night has been spent. It returns the first of these that applies:
 #
-# 1. `"no gradient"`: after `loss().backward()` the prompt's gradient is None, or all zeros (a small one counts as one, as you have just seen);
+# 1. `"no gradient"`: after `loss().backward()` the prompt's gradient is None, or all zeros (a small one counts as one, as you
+#    have just seen);
 # 2. `"not in the optimizer"`: no group of `optimizer.param_groups` holds the prompt, this very tensor;
-# 3. `"too slow"`: the learning rate of its group, times `steps`, is less than a tenth of the root mean square of the prompt's numbers;
+# 3. `"too slow"`: the learning rate of its group, times `steps`, is less than a tenth of the root mean square of the prompt's
+#    numbers;
 # 4. `"learns"`.
 #
-# It takes no optimizer step, leaves no gradient of its own behind, and is not deceived by one that was there before, which it may clear.
+# It takes no optimizer step, leaves no gradient of its own behind, and is not deceived by one that was there before, which it
+# may clear.
 #
 # <details><summary>RuntimeError: element 0 of tensors does not require grad</summary>
 #
-# Nothing that the loss depends on is trainable. Then there is no gradient either: look at the loss's `requires_grad` before you call
-# `backward`.
+# Nothing that the loss depends on is trainable. Then there is no gradient either: look at the loss's `requires_grad` before you
+# call `backward`.
 # </details>
 # <details><summary>RuntimeError: Boolean value of Tensor with more than one value is ambiguous</summary>
 #
@@ -717,22 +732,24 @@ for name, run in {"a": run_a, "b": run_b, "c": run_c, "c, learning rate 0.1": la
     print(f"run {name}: {found}; you said: {my_faults.get(name) or '-'}")
 
 # %% [markdown]
-# *What to see.* In run a the optimizer was made before the prompt was there. In run b `requires_grad_(False)` froze the prompt along with the
-# base. What both train is the head, which lies outside of `model.model`; `with_prompt` freezes it first.
+# *What to see.* In run a the optimizer was made before the prompt was there. In run b `requires_grad_(False)` froze the prompt
+# along with the base. What both train is the head, which lies outside of `model.model`; `with_prompt` freezes it first.
 #
-# And run c? Its learning rate is one for full fine-tuning. The rate decides a great deal here. peft has a benchmark: Llama-3.2-3B on school
-# mathematics, 200 random vectors, 5,000 steps, AdamW. There prompt tuning solves 5% of the problems with the benchmark's default
-# learning rate, 1e-4, and 25% with 1e-3; from sampled vocabulary, with 1e-3, 39%. Lester et al. use 0.3, with Adafactor.
+# And run c? Its learning rate is one for full fine-tuning. The rate decides a great deal here. peft has a benchmark:
+# Llama-3.2-3B on school mathematics, 200 random vectors, 5,000 steps, AdamW. There prompt tuning solves 5% of the problems with
+# the benchmark's default learning rate, 1e-4, and 25% with 1e-3; from sampled vocabulary, with 1e-3, 39%. Lester et al. use
+# 0.3, with Adafactor.
 
 # %% [markdown]
 # ## 8. On a real model
 #
-# Which learning rate, and which start? These rows come with the course: the three starts on film reviews, and the
-# one from text on a second task as well (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right).
+# Which learning rate, and which start? These rows come with the course: the three starts on film reviews, and the one from text
+# on a second task as well (`tool_calls` asks for a tool call in JSON, which the untrained model never gets right).
 #
-# Each rate was run with one seed. What counts is the *late loss*, the mean training loss of the last ten steps. No row of the data comes
-# twice in a run, so this is a loss on unseen rows, and the test split is not used. The best rate got two more seeds. If their mean
-# then lost to another rate's single run, that rate got two more as well. Of the rates with three seeds, the one with the lowest mean is chosen.
+# Each rate was run with one seed. What counts is the *late loss*, the mean training loss of the last ten steps. No row of the
+# data comes twice in a run, so this is a loss on unseen rows, and the test split is not used. The best rate got two more seeds.
+# If their mean then lost to another rate's single run, that rate got two more as well. Of the rates with three seeds, the one
+# with the lowest mean is chosen.
 
 # %%
 from peftlab import comparison
@@ -748,8 +765,8 @@ shipped = plots.show_comparison(COMPARED, "prompt_tuning")
 prompts = {key: rows for key, rows in shipped.items() if rows[0].method == "prompt_tuning"}
 
 # %% [markdown]
-# An untrained prompt changes what the model says; LoRA and full fine-tuning begin from the model as it is. So scores and losses differ
-# before training (over all seeds):
+# An untrained prompt changes what the model says; LoRA and full fine-tuning begin from the model as it is. So scores and losses
+# differ before training (over all seeds):
 
 # %%
 for (task, name), rows in shipped.items():
@@ -774,30 +791,30 @@ for task in comparison.TASKS:
         )
 
 # %% [markdown]
-# *What to see.* Where does each curve *begin*? The instruction in words leaves the model better than it was, in score and in loss. With words
-# drawn at random, or with random numbers, the score is higher or lower than without a prompt, as luck has it. The loss of the same batch starts
-# 1.8 to 2.9 nats above the instruction's, about where it is without any prompt.
+# *What to see.* Where does each curve *begin*? The instruction in words leaves the model better than it was, in score and in
+# loss. With words drawn at random, or with random numbers, the score is higher or lower than without a prompt, as luck has it.
+# The loss of the same batch starts 1.8 to 2.9 nats above the instruction's, about where it is without any prompt.
 #
-# Where does it *end*? Half of the forty steps go into getting rid of that. Then the drawn words have caught up with the instruction, in the
-# mean of three seeds, loss and score alike. Random numbers have not quite: three points less, and seven between their seeds. Three
-# seeds on one task are a hint, no more.
+# Where does it *end*? Half of the forty steps go into getting rid of that. Then the drawn words have caught up with the
+# instruction, in the mean of three seeds, loss and score alike. Random numbers have not quite: three points less, and seven
+# between their seeds. Three seeds on one task are a hint, no more.
 #
-# And the column of forgetting, above? On reviews only the prompt that began as a sensible instruction leaves the newspaper sentences alone.
-# On tool calls it does not: +0.51.
+# And the column of forgetting, above? On reviews only the prompt that began as a sensible instruction leaves the newspaper
+# sentences alone. On tool calls it does not: +0.51.
 #
-# How far are they from LoRA? Three points on the task that asks for one word. On the one that asks for a format,
-# one answer in five is right after sixty steps, where LoRA has nineteen in twenty. Sixty steps are few. Lester et al. train for 30,000, and in two
-# of our three runs the loss was still falling. These rows do not say where it would end.
+# How far are they from LoRA? Three points on the task that asks for one word. On the one that asks for a format, one answer in
+# five is right after sixty steps, where LoRA has nineteen in twenty. Sixty steps are few. Lester et al. train for 30,000, and
+# in two of our three runs the loss was still falling. These rows do not say where it would end.
 #
-# Lester et al. find that the start matters a great deal in small models, class labels doing best and random numbers worst, and that
-# prompt tuning falls short of training the whole model. Both differences shrink as models grow, and at 11 billion parameters they
-# are gone: that is their title, *The Power of Scale*. SmolLM2 has about an eightieth of that.
+# Lester et al. find that the start matters a great deal in small models, class labels doing best and random numbers worst, and
+# that prompt tuning falls short of training the whole model. Both differences shrink as models grow, and at 11 billion
+# parameters they are gone: that is their title, *The Power of Scale*. SmolLM2 has about an eightieth of that.
 
 # %% [markdown]
 # ### Your own prompt
 #
-# Train one on the film reviews, at the rate that the rows above choose (or at 0.1, without them). `fine_tune` scores the model, trains it, scores it
-# again and writes a results row. About a minute and a half on two CPU cores, ten seconds on an H200.
+# Train one on the film reviews, at the rate that the rows above choose (or at 0.1, without them). `fine_tune` scores the model,
+# trains it, scores it again and writes a results row. About a minute and a half on two CPU cores, ten seconds on an H200.
 
 # %% tags=["experiment"]
 from peftlab.experiment import fine_tune
@@ -828,8 +845,9 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* With 480 test reviews, one standard error is about 1.4 points. *Forgetting* is by how much the loss on newspaper sentences
-# has risen, in nats per token, with the prompt in front. But take the prompt away, and the model is what it was, to the last bit:
+# *What to see.* With 480 test reviews, one standard error is about 1.4 points. *Forgetting* is by how much the loss on
+# newspaper sentences has risen, in nats per token, with the prompt in front. But take the prompt away, and the model is what it
+# was, to the last bit:
 
 # %% tags=["experiment"]
 untouched, _ = load_smollm2()
@@ -840,8 +858,8 @@ print(f"{len(after)} tensors of the base, changed: {changed or 'none'}")
 # %% [markdown]
 # ### What does it say?
 #
-# The rows of the prompt are no words, but each has nearest ones. Below, for each trained vector: the word that it started from, how far it
-# has gone (against the length of that word's vector), and the two tokens that now point most nearly its way.
+# The rows of the prompt are no words, but each has nearest ones. Below, for each trained vector: the word that it started from,
+# how far it has gone (against the length of that word's vector), and the two tokens that now point most nearly its way.
 
 # %% tags=["experiment"]
 words = nn.functional.normalize(model.model.base.embed_tokens.weight, dim=-1)
@@ -855,13 +873,13 @@ for place, best in enumerate(similar.topk(2).indices.tolist()):
     )
 
 # %% [markdown]
-# *What to see.* Lester et al. looked too: the class labels that a prompt starts from tend to stay the nearest tokens, and beyond that they could not
-# read their prompts. Is yours an instruction that you could have written?
+# *What to see.* Lester et al. looked too: the class labels that a prompt starts from tend to stay the nearest tokens, and
+# beyond that they could not read their prompts. Is yours an instruction that you could have written?
 #
 # ### Two prompts, one batch
 #
-# Your `MixedPrompts` at work: four reviews, each twice, once after the trained prompt and once after an instruction that asks for the
-# contrary. The base reads all eight rows at once.
+# Your `MixedPrompts` at work: four reviews, each twice, once after the trained prompt and once after an instruction that asks
+# for the contrary. The base reads all eight rows at once.
 
 # %% tags=["experiment"]
 contrary = tokenizer.encode("Say bad if the movie is good, and good if it is bad.")
@@ -892,14 +910,15 @@ for name, ids in (("sensible", INSTRUCTION), ("contrary", contrary)):
 model.model = trained
 
 # %% [markdown]
-# *What to see.* It does not: with it 83% of the 48 are right, with the sensible one 77%. What a prompt does to this model is not what its words say.
-# Keep that in mind when you read a trained one.
+# *What to see.* It does not: with it 83% of the 48 are right, with the sensible one 77%. What a prompt does to this model is
+# not what its words say. Keep that in mind when you read a trained one.
 #
 # ## 9. The same thing in peft
 #
-# Is what you built *prompt tuning*, or something like it? Compare it with the library. Below, a small LLaMA exists twice with the same
-# weights: as `transformers` model with peft's prompt, and as our `Llama` with yours, which starts as a copy of peft's. First a batch
-# that is padded on the right: logits, loss, the prompt's gradient, and the prompt after one AdamW step. Only rounding may differ.
+# Is what you built *prompt tuning*, or something like it? Compare it with the library. Below, a small LLaMA exists twice with
+# the same weights: as `transformers` model with peft's prompt, and as our `Llama` with yours, which starts as a copy of peft's.
+# First a batch that is padded on the right: logits, loss, the prompt's gradient, and the prompt after one AdamW step. Only
+# rounding may differ.
 
 # %% tags=["experiment"]
 from peft import PromptTuningConfig, get_peft_model
@@ -943,15 +962,15 @@ for name, (their, our) in pairs.items():
     assert apart <= 1e-5, f"{name}: yours and peft's have parted ways, run the checks above again"
 
 # %% [markdown]
-# The bound: some hundred roundings of 6e-8 each lie on the way through two layers and back, and two right answers differ by at most the
-# sum, 1e-5. Your `prompted_loss` takes peft's logits as they come:
+# The bound: some hundred roundings of 6e-8 each lie on the way through two layers and back, and two right answers differ by at
+# most the sum, 1e-5. Your `prompted_loss` takes peft's logits as they come:
 
 # %% tags=["experiment"]
 print(f"peft's loss {their_loss:.6f}, yours from peft's logits {prompted_loss(their_logits, labels):.6f}")
 
 # %% [markdown]
-# And now padding on the left, on which libraries and people have disagreed since peft issue 54 (see also 1093, and pull request 1212). One
-# row, alone and with five tokens of padding before it. Does padding change what the model says?
+# And now padding on the left, on which libraries and people have disagreed since peft issue 54 (see also 1093, and pull request
+# 1212). One row, alone and with five tokens of padding before it. Does padding change what the model says?
 
 # %% tags=["experiment"]
 row = ids[:1, :9]
@@ -967,56 +986,58 @@ for name, shift in shifts.items():
     print(f"{name}: padding shifts a logit by up to {shift / largest:.1e} of the largest logit")
 
 # %% [markdown]
-# *What to see.* In peft's forward the padding stays between prompt and text and counts as distance, so a row says something else in another
-# batch; in yours it does not. A prompt that is trained and used with the same padding may get used to it. Pad on the right for
-# training, and you are safe in both.
+# *What to see.* In peft's forward the padding stays between prompt and text and counts as distance, so a row says something
+# else in another batch; in yours it does not. A prompt that is trained and used with the same padding may get used to it. Pad
+# on the right for training, and you are safe in both.
 
 # %% [markdown]
 # ## 10. In your own words  ·  2 points, marked by hand
 #
-# A colleague serves 300 customers from one 7B model, each with a classification task of their own, on texts of about 50 tokens. He has
-# read that prompt tuning trains "under 0.01% of the parameters" and expects it to need a fraction of LoRA's memory. So he trains
-# prompts of 100 random vectors, with the learning rate of 1e-4 and the 60 steps that worked for his LoRA. Memory is *higher* than LoRA's,
-# and no customer's accuracy moves.
+# A colleague serves 300 customers from one 7B model, each with a classification task of their own, on texts of about 50 tokens.
+# He has read that prompt tuning trains "under 0.01% of the parameters" and expects it to need a fraction of LoRA's memory. So
+# he trains prompts of 100 random vectors, with the learning rate of 1e-4 and the 60 steps that worked for his LoRA. Memory is
+# *higher* than LoRA's, and no customer's accuracy moves.
 #
-# In about 120 words: where does the memory go? Why does nothing move, and what would you change? For his 300 customers, what speaks for
-# prompts, and what against? Refer to at least one number that you measured in section 3 or printed in section 2.
+# In about 120 words: where does the memory go? Why does nothing move, and what would you change? For his 300 customers, what
+# speaks for prompts, and what against? Refer to at least one number that you measured in section 3 or printed in section 2.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
 # **Rubric.** *1 point: memory and cost.* Few trained numbers save gradients and optimizer state only, which LoRA saves too;
-# activations grow with the number of positions, 150 instead of 50, in training and at every request. A measured figure is quoted, with
-# its unit. *1 point: learning, and advice.* AdamW moves a number by about the learning rate a step, 60 × 1e-4 = 0.006 in all, beside random
-# numbers of size 1 (or words of 0.14): raise the rate by some hundred times, start from text or vocabulary, take fewer vectors. For
-# prompts: one frozen model, mixed batches, files of kilobytes. Against: longer sequences for ever, below LoRA in small models. Half points
-# for either part without a reason or without a number.
+# activations grow with the number of positions, 150 instead of 50, in training and at every request. A measured figure is
+# quoted, with its unit. *1 point: learning, and advice.* AdamW moves a number by about the learning rate a step, 60 × 1e-4 =
+# 0.006 in all, beside random numbers of size 1 (or words of 0.14): raise the rate by some hundred times, start from text or
+# vocabulary, take fewer vectors. For prompts: one frozen model, mixed batches, files of kilobytes. Against: longer sequences
+# for ever, below LoRA in small models. Half points for either part without a reason or without a number.
 #
-# **A full answer.** Gradients and optimizer state are gone, but with LoRA they were gone already: the prompt's are 0.1 MiB in my table, and nobody
-# misses the rest. Activations count positions, and 100 vectors make his texts three times as long; in my measurement 16
-# vectors on 26 tokens already needed more than LoRA did. Nothing moves because 60 steps of 1e-4 can shift a number by 0.006, and his random numbers
-# have size 1. I would start from a text (0.11 in my cell), use 16 vectors and a learning rate of about 0.1, and sweep it. For 300
-# customers prompts are convenient: one model, one batch, files of some tens of kB. But every request pays for the longer sequence, and
-# I would compare the accuracy with LoRA first.
+# **A full answer.** Gradients and optimizer state are gone, but with LoRA they were gone already: the prompt's are 0.1 MiB in
+# my table, and nobody misses the rest. Activations count positions, and 100 vectors make his texts three times as long; in my
+# measurement 16 vectors on 26 tokens already needed more than LoRA did. Nothing moves because 60 steps of 1e-4 can shift a
+# number by 0.006, and his random numbers have size 1. I would start from a text (0.11 in my cell), use 16 vectors and a
+# learning rate of about 0.1, and sweep it. For 300 customers prompts are convenient: one model, one batch, files of some tens
+# of kB. But every request pays for the longer sequence, and I would compare the accuracy with LoRA first.
 #
-# **An answer worth one point.** The learning rate is too small. AdamW moves each number by about the learning rate, so after 60 steps it has
-# moved by 0.006 and the prompt is still random. He should use 0.1 and start from words. Prompts are good because the model is shared.
+# **An answer worth one point.** The learning rate is too small. AdamW moves each number by about the learning rate, so after 60
+# steps it has moved by 0.006 and the prompt is still random. He should use 0.1 and start from words. Prompts are good because
+# the model is shared.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A soft prompt that equals peft's to rounding, in a dozen lines, and does better under padding; its memory, measured; several tasks in one
-# batch. In the next unit the trained vectors go into every layer, as keys and values, and their positions become a question again.
+# A soft prompt that equals peft's to rounding, in a dozen lines, and does better under padding; its memory, measured; several
+# tasks in one batch. In the next unit the trained vectors go into every layer, as keys and values, and their positions become a
+# question again.
 #
 # ## Sources
 #
-# - Lester, Al-Rfou and Constant (2021), *The Power of Scale for Parameter-Efficient Prompt Tuning*, arXiv 2104.08691: section 2 is the
-#   method, section 3.2 and figure 3 length and start, section 3 the learning rate, section 7 the nearest words.
+# - Lester, Al-Rfou and Constant (2021), *The Power of Scale for Parameter-Efficient Prompt Tuning*, arXiv 2104.08691: section 2
+#   is the method, section 3.2 and figure 3 length and start, section 3 the learning rate, section 7 the nearest words.
 # - Li and Liang (2021), *Prefix-Tuning*, arXiv 2101.00190: the method that this one simplifies.
 # - peft's [method comparison](https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA): the results files of
 #   June and October 2025 for prompt tuning.
-# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025), *SmolLM2*,
-#   arXiv 2502.02737.
+# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025),
+#   *SmolLM2*, arXiv 2502.02737.
 # - peft issues [54](https://github.com/huggingface/peft/issues/54), [1093](https://github.com/huggingface/peft/issues/1093),
 #   [2642](https://github.com/huggingface/peft/issues/2642), pull request [1212](https://github.com/huggingface/peft/pull/1212);
 #   lm-evaluation-harness pull request [533](https://github.com/EleutherAI/lm-evaluation-harness/pull/533).

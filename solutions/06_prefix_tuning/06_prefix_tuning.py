@@ -14,17 +14,18 @@
 # | 110, and 7 of experiments on two CPU cores | 4 of 5 | 14 | 00_start_here; 05_prompt_tuning helps |
 #
 # A language model can be steered by what stands in front of the text. In its layers, that text in front is nothing but keys and
-# values which later tokens look at. Prefix tuning (Li and Liang 2021) leaves the text out and learns the keys and values themselves, a
-# few in every layer. The model stays as it is.
+# values which later tokens look at. Prefix tuning (Li and Liang 2021) leaves the text out and learns the keys and values
+# themselves, a few in every layer. The model stays as it is.
 #
 # **When you have finished, you can**
 #
 # 1. put trainable keys and values into every layer of a LLaMA, with grouped-query attention, RoPE and padding done right;
-# 2. say, from your own measurements, what a random start does, what training repairs and what not, and start a prefix so that it learns;
+# 2. say, from your own measurements, what a random start does, what training repairs and what not, and start a prefix so that
+#    it learns;
 # 3. train a prefix through an MLP and throw the MLP away, and train one with gradient checkpointing, which libraries refuse.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
+# random numbers every time, and says what is wrong. Run the checks as often as you like.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import inspect
@@ -78,8 +79,8 @@ UNIT = "06_prefix_tuning"
 # %% [markdown]
 # ## The idea
 #
-# In each layer a token's query $q$ is compared with the keys of all tokens before it; the softmax of the comparisons says how much of
-# each token's value it takes. Prefix tuning puts trainable keys $P_K$ and values $P_V$ in front of the text's:
+# In each layer a token's query $q$ is compared with the keys of all tokens before it; the softmax of the comparisons says how
+# much of each token's value it takes. Prefix tuning puts trainable keys $P_K$ and values $P_V$ in front of the text's:
 #
 # $$ \operatorname{attention}\left(q,\ [P_K; K],\ [P_V; V]\right) = \operatorname{softmax}\!\left(\tfrac{1}{\sqrt{d}}\, q\, [P_K; K]^\top\right) [P_V; V] $$
 #
@@ -96,7 +97,8 @@ print(
 )
 
 # %% [markdown]
-# Which query may look at which key? The text stays causal; the prefix lies in front of all of it, so every token sees all of it.
+# Which query may look at which key? The text stays causal; the prefix lies in front of all of it, so every token sees all of
+# it.
 
 # %%
 tokens, seq = 4, 8
@@ -110,16 +112,16 @@ axes.axvline(tokens - 0.5, color="black", linewidth=1)
 plots.show(figure, alt="Left four columns, the prefix, are filled in every row; right of them a triangle, the causal text.")
 
 # %% [markdown]
-# *What to see.* The rows are the text's: the prefix has keys and values but no queries. So it costs no pass through any layer, where a soft
-# prompt of unit 05 goes through all of them like text. What it costs is these columns.
+# *What to see.* The rows are the text's: the prefix has keys and values but no queries. So it costs no pass through any layer,
+# where a soft prompt of unit 05 goes through all of them like text. What it costs is these columns.
 #
-# The formula can be taken apart (He et al. 2022, section 3). Let $\lambda$ be the share of its attention that a query gives to the
-# prefix. Then
+# The formula can be taken apart (He et al. 2022, section 3). Let $\lambda$ be the share of its attention that a query gives to
+# the prefix. Then
 #
 # $$ \operatorname{attention}(q, [P_K; K], [P_V; V]) = \lambda \operatorname{attention}(q, P_K, P_V) + (1 - \lambda) \operatorname{attention}(q, K, V) $$
 #
-# A prefix adds something, *and takes as much of the rest away*. Remember this when a prefix that has not learned anything yet is put
-# into a model.
+# A prefix adds something, *and takes as much of the rest away*. Remember this when a prefix that has not learned anything yet
+# is put into a model.
 
 
 # %%
@@ -139,8 +141,8 @@ print(f"the prefix's share is {share:.0%}; largest difference of the two sides: 
 # %% [markdown]
 # ## 1. Attention with a prefix  ·  5 points, about 25 minutes
 #
-# For one head and without a batch, here is the definition, one query at a time. Your attention has to agree with it. Note what is *not* in it:
-# the prefix's keys are not rotated. Why is below.
+# For one head and without a batch, here is the definition, one query at a time. Your attention has to agree with it. Note what
+# is *not* in it: the prefix's keys are not rotated. Why is below.
 
 
 # %%
@@ -160,22 +162,23 @@ def prefix_attention_by_definition(
 
 
 # %% [markdown]
-# `PrefixAttention` takes the place of a layer's `self_attn` and is called as that is, with `x`, RoPE's `cos` and `sin`, and the mask or
-# `None`. Begin with a look at `LlamaAttention.forward` in `peftlab/llama.py`; it is ten lines. Yours
+# `PrefixAttention` takes the place of a layer's `self_attn` and is called as that is, with `x`, RoPE's `cos` and `sin`, and the
+# mask or `None`. Begin with a look at `LlamaAttention.forward` in `peftlab/llama.py`; it is ten lines. Yours
 #
-# 1. projects `x` with the layer's own `q_proj`, `k_proj` and `v_proj`, splits the results into heads, and rotates queries and keys;
-# 2. asks `self.prefix(self.layer)` for keys and values, *in every call* (training changes them; exercise 4's computes them), expands
-#    them to the batch, brings them to `x`'s dtype, and puts them in front of the text's. All tensors that you make are on `x`'s device;
-# 3. extends the mask: `mask` is True where a query (row) may look at a key of the *text* (column), shaped (batch, 1, seq, seq) or (1, 1, seq, seq), and
-#    `None` stands for
-#    the plain causal one. All of the prefix may be looked at, also by padding;
+# 1. projects `x` with the layer's own `q_proj`, `k_proj` and `v_proj`, splits the results into heads, and rotates queries and
+#    keys;
+# 2. asks `self.prefix(self.layer)` for keys and values, *in every call* (training changes them; exercise 4's computes them),
+#    expands them to the batch, brings them to `x`'s dtype, and puts them in front of the text's. All tensors that you make are
+#    on `x`'s device;
+# 3. extends the mask: `mask` is True where a query (row) may look at a key of the *text* (column), shaped (batch, 1, seq, seq)
+#    or (1, 1, seq, seq), and `None` stands for the plain causal one. All of the prefix may be looked at, also by padding;
 # 4. attends with `F.scaled_dot_product_attention(..., attn_mask=..., enable_gqa=True)`, which lets query heads share key-value
 #    heads without copying these, puts the heads side by side again, and applies `o_proj`.
 #
 # <details><summary>RuntimeError: Tensors must have same number of dimensions, or sizes must match except in dimension 2</summary>
 #
-# The prefix is `(kv_heads, tokens, head_dim)`, the text's keys are `(batch, kv_heads, seq, head_dim)`. `part.expand(batch, -1, -1, -1)`
-# puts a batch dimension in front and copies nothing.
+# The prefix is `(kv_heads, tokens, head_dim)`, the text's keys are `(batch, kv_heads, seq, head_dim)`. `part.expand(batch, -1,
+# -1, -1)` puts a batch dimension in front and copies nothing.
 # </details>
 # <details><summary>RuntimeError in `rotate`: the sizes of tensors must match</summary>
 #
@@ -183,16 +186,16 @@ def prefix_attention_by_definition(
 # </details>
 # <details><summary>The check says that the first query sees one key</summary>
 #
-# `is_causal=True` draws its triangle from the top left corner: query 0 sees key 0, query 1 sees keys 0 and 1. With a prefix in front,
-# query 0 must see `tokens + 1` keys. (PyTorch's documentation shows the mask that it makes.) Build the mask yourself:
+# `is_causal=True` draws its triangle from the top left corner: query 0 sees key 0, query 1 sees keys 0 and 1. With a prefix in
+# front, query 0 must see `tokens + 1` keys. (PyTorch's documentation shows the mask that it makes.) Build the mask yourself:
 # `torch.ones(seq, seq, dtype=torch.bool, device=x.device).tril()`, and columns of True in front of it.
 # </details>
 # <details><summary>The memory check says that forward saves too much</summary>
 #
 # A softmax written by hand leaves all probabilities for backward, (batch, heads, seq, keys) numbers a layer;
-# `scaled_dot_product_attention` computes them again. `repeat_interleave` makes copies of the keys for every query head. And a mask that is True or
-# False for all heads alike need not be there once for each. In bf16, a tensor that is raised to fp32 takes twice the bytes: bring the prefix
-# down to `x`'s dtype, not the text up to the prefix's.
+# `scaled_dot_product_attention` computes them again. `repeat_interleave` makes copies of the keys for every query head. And a
+# mask that is True or False for all heads alike need not be there once for each. In bf16, a tensor that is raised to fp32 takes
+# twice the bytes: bring the prefix down to `x`'s dtype, not the text up to the prefix's.
 # </details>
 
 
@@ -239,16 +242,17 @@ class PrefixAttention(nn.Module):
 
 
 # %% [markdown]
-# The first check compares your output and its gradients with the spec's: in fp32, with and without padding, then in bf16 with padding and a
-# prefix in fp32. *3 points.*
+# The first check compares your output and its gradients with the spec's: in fp32, with and without padding, then in bf16 with
+# padding and a prefix in fp32. *3 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-prefix-attention", "locked": true, "points": 3, "schema_version": 3, "solution": false, "task": false}
 check_prefix_attention(PrefixAttention)
 
 # %% [markdown]
-# The second *measures*. It puts your attention into two layers, takes a training step, and counts the bytes of every gradient, of the
-# optimizer's state and of all that forward keeps for backward. Then it takes the step with gradient checkpointing, which runs
-# each layer's forward again in backward: the prefix's gradient must be the same. All this in fp32, and in bf16 with a prefix in fp32. *2 points.*
+# The second *measures*. It puts your attention into two layers, takes a training step, and counts the bytes of every gradient,
+# of the optimizer's state and of all that forward keeps for backward. Then it takes the step with gradient checkpointing, which
+# runs each layer's forward again in backward: the prefix's gradient must be the same. All this in fp32, and in bf16 with a
+# prefix in fp32. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-prefix-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_prefix_memory(PrefixAttention)
@@ -274,10 +278,10 @@ print(f"largest difference from the definition: {(fast - slow).abs().max():.1e}"
 # %% [markdown]
 # ### Why the prefix is not rotated
 #
-# RoPE turns a query at position $m$ by $m$ times an angle, and a key at position $n$ by $n$ times the same angle, so that their product depends on $m - n$. A
-# prefix's key has no token and no position. One could give it position $j$ and rotate it by $R_j$ in every forward pass. But it is a
-# free parameter: whatever key $k$ the training would like to have, $R_j^{-1} k$ is a parameter that becomes $k$. Rotation would only
-# change the names of the same keys.
+# RoPE turns a query at position $m$ by $m$ times an angle, and a key at position $n$ by $n$ times the same angle, so that their
+# product depends on $m - n$. A prefix's key has no token and no position. One could give it position $j$ and rotate it by $R_j$
+# in every forward pass. But it is a free parameter: whatever key $k$ the training would like to have, $R_j^{-1} k$ is a
+# parameter that becomes $k$. Rotation would only change the names of the same keys.
 
 # %%
 torch.manual_seed(0)
@@ -287,14 +291,14 @@ turned_back = rotate(free, cos, -sin)  # by the opposite angles
 print(f"rotated again, largest difference: {(rotate(turned_back, cos, sin) - free).abs().max():.1e}")
 
 # %% [markdown]
-# But all must agree. peft hands the prefix to the model as *past* keys and values, which count as rotated already. So the text's own positions
-# start behind the prefix, at `tokens`.
+# But all must agree. peft hands the prefix to the model as *past* keys and values, which count as rotated already. So the
+# text's own positions start behind the prefix, at `tokens`.
 
 # %% [markdown]
 # ## 2. Every layer, and where the text starts  ·  2 points, about 15 minutes
 #
-# First a picture of what is wanted: a batch of three rows with a prefix of four tokens. The number in each box is the text's position, by
-# which RoPE turns its queries and keys; grey boxes are padding.
+# First a picture of what is wanted: a batch of three rows with a prefix of four tokens. The number in each box is the text's
+# position, by which RoPE turns its queries and keys; grey boxes are padding.
 
 # %%
 figure, axes = plt.subplots(figsize=(7.5, 2.6))
@@ -315,17 +319,18 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The text's first token has position 4 in every row, as if four tokens had been read before it. In the third row the padding
-# takes up no positions. So a row gives the same in every batch.
+# *What to see.* The text's first token has position 4 in every row, as if four tokens had been read before it. In the third row
+# the padding takes up no positions. So a row gives the same in every batch.
 #
 # `PrefixModel` takes the place of `model.model`, the part of our LLaMA between token ids and hidden states. It
 #
 # 1. freezes the base, and puts `wrap(layer.self_attn, prefix, number)` in the place of each layer's `self_attn`. `wrap` is
 #    `PrefixAttention` unless the caller has something else (the check has, so that it does not depend on your exercise 1);
 # 2. lets the text's positions start at `tokens`, which it gets from the prefix's own shape;
-# 3. with a mask (1 for a token, 0 for padding, on either side) counts *tokens*: the first one that is no padding has position `tokens`;
-# 4. calls `self.base.run_layers(embeddings, attention_mask, positions)`, and returns all that this returns. The prefix is no part of the
-#    sequence: no mask to extend, no states to cut off, no labels to shift.
+# 3. with a mask (1 for a token, 0 for padding, on either side) counts *tokens*: the first one that is no padding has position
+#    `tokens`;
+# 4. calls `self.base.run_layers(embeddings, attention_mask, positions)`, and returns all that this returns. The prefix is no
+#    part of the sequence: no mask to extend, no states to cut off, no labels to shift.
 #
 # <details><summary>How do I count along the mask?</summary>
 #
@@ -334,13 +339,13 @@ plots.show(
 # </details>
 # <details><summary>The check says that a number is read out of a tensor</summary>
 #
-# `int(...)`, `.item()` and `.tolist()` fetch numbers, and so does an `if` on a tensor: a GPU has to finish all its work before Python goes on. What
-# you want to do with the numbers, tensors can do: add and compare these.
+# `int(...)`, `.item()` and `.tolist()` fetch numbers, and so does an `if` on a tensor: a GPU has to finish all its work before
+# Python goes on. What you want to do with the numbers, tensors can do: add and compare these.
 # </details>
 # <details><summary>The check says that the prefix is frozen</summary>
 #
-# Once a layer's attention holds the prefix, the prefix is a part of the base, and `base.requires_grad_(False)` freezes it too. Mind
-# the order.
+# Once a layer's attention holds the prefix, the prefix is a part of the base, and `base.requires_grad_(False)` freezes it too.
+# Mind the order.
 # </details>
 
 
@@ -405,8 +410,9 @@ def shape_of_prefix(config: LlamaConfig, tokens: int = 16) -> tuple[int, int, in
 # %% [markdown]
 # ### Predict, then measure: how many numbers?
 #
-# SmolLM2-135M has 30 layers, 9 query heads that share 3 key-value heads, and heads of 64 features. How many numbers does a prefix of 16
-# tokens have? And what share of the model's 134,515,008 is that? Write your predictions down before you run the cell after.
+# SmolLM2-135M has 30 layers, 9 query heads that share 3 key-value heads, and heads of 64 features. How many numbers does a
+# prefix of 16 tokens have? And what share of the model's 134,515,008 is that? Write your predictions down before you run the
+# cell after.
 
 # %%
 my_number, my_share = None, None
@@ -425,18 +431,19 @@ print(f"predicted for SmolLM2: {my_number}, {my_share}")
 
 # %% [markdown]
 # *What to see.* Both lie far below the one percent that overviews give for prefix tuning. Li and Liang train 0.1% of their
-# model. A prefix grows with layers and key-value heads, the model with the square of its width, so that the share falls as models grow, and
-# grouped-query attention makes it smaller still: here, a third. (LLaMA-7B has as many key-value heads as query heads.)
+# model. A prefix grows with layers and key-value heads, the model with the square of its width, so that the share falls as
+# models grow, and grouped-query attention makes it smaller still: here, a third. (LLaMA-7B has as many key-value heads as query
+# heads.)
 
 # %% [markdown]
 # ## 3. Start from real tokens  ·  2 points, about 15 minutes
 #
-# Take a few real tokens, an instruction say, let the model read them, and keep the keys and values that they leave in every layer. With that
-# prefix the model must give for any text *exactly* what it gives for the tokens and the text together.
+# Take a few real tokens, an instruction say, let the model read them, and keep the keys and values that they leave in every
+# layer. With that prefix the model must give for any text *exactly* what it gives for the tokens and the text together.
 #
-# `prefix_from_tokens(model, input_ids)` returns such a `Prefix`. The tokens are ordinary text, the first of all: their positions are 0, 1,
-# 2 and so on, each layer's keys and values are made of that layer's *normed input*, and the keys are rotated as text is. Walk up the layers
-# yourself: `layer(x, cos, sin, None)` returns the next layer's input.
+# `prefix_from_tokens(model, input_ids)` returns such a `Prefix`. The tokens are ordinary text, the first of all: their
+# positions are 0, 1, 2 and so on, each layer's keys and values are made of that layer's *normed input*, and the keys are
+# rotated as text is. Walk up the layers yourself: `layer(x, cos, sin, None)` returns the next layer's input.
 #
 # <details><summary>Which lines of the model do I need?</summary>
 #
@@ -445,8 +452,8 @@ print(f"predicted for SmolLM2: {my_number}, {my_share}")
 # </details>
 # <details><summary>The shapes are (tokens, kv_heads, head_dim), or the numbers are all there but in other places</summary>
 #
-# A projection returns `(1, tokens, kv_heads * head_dim)`. View the last axis as `(kv_heads, head_dim)`, then swap heads and tokens.
-# Viewing it as `(kv_heads, tokens, head_dim)` right away has the right shape and the wrong numbers.
+# A projection returns `(1, tokens, kv_heads * head_dim)`. View the last axis as `(kv_heads, head_dim)`, then swap heads and
+# tokens. Viewing it as `(kv_heads, tokens, head_dim)` right away has the right shape and the wrong numbers.
 # </details>
 
 
@@ -476,8 +483,9 @@ def prefix_from_tokens(model: Llama, input_ids: Int[Tensor, "1 tokens"]) -> Pref
 check_prefix_from_tokens(prefix_from_tokens)
 
 # %% [markdown]
-# Now compare the two on a tiny model: five tokens in front of two texts, once as text and once as prefix. Both ways do the same sums, of up
-# to 160 terms (the MLP's width), in an order that may differ; a sum of $n$ terms is off by at most $n$ eps of its size.
+# Now compare the two on a tiny model: five tokens in front of two texts, once as text and once as prefix. Both ways do the same
+# sums, of up to 160 terms (the MLP's width), in an order that may differ; a sum of $n$ terms is off by at most $n$ eps of its
+# size.
 
 # %%
 torch.manual_seed(0)
@@ -501,23 +509,23 @@ print(f"with the text at position 0, the largest difference is {apart:.1e} of th
 # %% [markdown]
 # ## 4. Through an MLP, which is thrown away  ·  2 points, about 15 minutes
 #
-# Li and Liang found that training $P_K$ and $P_V$ directly was unstable, and trained something smaller with a network behind it: one
-# embedding $e_j$ a token, and an MLP that makes all layers' keys and values of it.
+# Li and Liang found that training $P_K$ and $P_V$ directly was unstable, and trained something smaller with a network behind
+# it: one embedding $e_j$ a token, and an MLP that makes all layers' keys and values of it.
 #
 # $$ \left[\,k_j^{(0)};\ v_j^{(0)};\ k_j^{(1)};\ v_j^{(1)};\ \dots\,\right] = W_{\text{up}} \tanh(W_{\text{down}}\, e_j + b_{\text{down}}) + b_{\text{up}} $$
 #
-# After training, `fold` computes keys and values once more and keeps them alone: *the MLP is scaffolding*. (Whether it helps depends on task and
-# model: Liu et al. 2021 found both.) Every layer asks for its own part. The simplest `forward` runs the whole MLP each time and takes one slice;
-# that is allowed.
+# After training, `fold` computes keys and values once more and keeps them alone: *the MLP is scaffolding*. (Whether it helps
+# depends on task and model: Liu et al. 2021 found both.) Every layer asks for its own part. The simplest `forward` runs the
+# whole MLP each time and takes one slice; that is allowed.
 #
-# The layout is that of peft's `PrefixEncoder`, so that a prefix can be carried over: a row of the MLP's output belongs to one token, and reads
-# as `(layers * 2, kv_heads, head_dim)`, for each layer its keys first, then its values. The embedding starts from a standard normal
-# distribution, the two `nn.Linear` as PyTorch makes them.
+# The layout is that of peft's `PrefixEncoder`, so that a prefix can be carried over: a row of the MLP's output belongs to one
+# token, and reads as `(layers * 2, kv_heads, head_dim)`, for each layer its keys first, then its values. The embedding starts
+# from a standard normal distribution, the two `nn.Linear` as PyTorch makes them.
 #
 # <details><summary>The check says that heads and tokens are mixed up</summary>
 #
-# `made.view(tokens, layers * 2, kv_heads, head_dim)` is the only view that keeps the numbers where they belong. Then `permute` the axes
-# into the order `(layers * 2, kv_heads, tokens, head_dim)`.
+# `made.view(tokens, layers * 2, kv_heads, head_dim)` is the only view that keeps the numbers where they belong. Then `permute`
+# the axes into the order `(layers * 2, kv_heads, tokens, head_dim)`.
 # </details>
 # <details><summary>The check says that fold keeps the MLP</summary>
 #
@@ -583,14 +591,15 @@ print(f"trained {in_training:,} ({share:.1%} of model and MLP), kept {kept:,}: {
 # %% [markdown]
 # ## 5. Measured: which memory does a prefix save?
 #
-# Predict. Full fine-tuning of SmolLM2 holds gradients and two AdamW moments for each of its 134 million weights. Which of these bars will
-# be visible for a prefix? And for a prefix with an MLP?
+# Predict. Full fine-tuning of SmolLM2 holds gradients and two AdamW moments for each of its 134 million weights. Which of these
+# bars will be visible for a prefix? And for a prefix with an MLP?
 
 # %%
 i_think_visible = {"prefix": [], "prefix with an MLP": []}  # of "gradients", "optimizer_state", "activations"
 
 # %% [markdown]
-# We take one step of SmolLM2 on a real batch and follow every allocation. Loading the model takes about 15 seconds the first time.
+# We take one step of SmolLM2 on a real batch and follow every allocation. Loading the model takes about 15 seconds the first
+# time.
 
 # %% tags=["experiment"]
 from peftlab import settings, tasks
@@ -671,9 +680,9 @@ plots.show(
 
 # %% [markdown]
 # *What to see.* Gradients and optimizer state are gone, because only what is trained has them. With the MLP a sliver is there
-# *during training*, and the peak is 13% higher in the rows of section 7. Most activations stay, as they do with LoRA: the prefix of the first layer
-# is reached only through everything above it. Gradient checkpointing is what shrinks them. It works here because `PrefixAttention` asks for
-# the prefix *inside* the layer. Section 9 shows what happens elsewhere.
+# *during training*, and the peak is 13% higher in the rows of section 7. Most activations stay, as they do with LoRA: the
+# prefix of the first layer is reached only through everything above it. Gradient checkpointing is what shrinks them. It works
+# here because `PrefixAttention` asks for the prefix *inside* the layer. Section 9 shows what happens elsewhere.
 #
 # With fake tensors the same step of LLaMA-7B is measured without being run (unit 01).
 
@@ -702,21 +711,21 @@ print(line("prefix, 16 tokens", simulate_training_step(llama, prefixed_on_paper)
 print(line("prefix, checkpointing", simulate_training_step(llama, prefixed_on_paper, checkpointing=True)))
 
 # %% [markdown]
-# *What to see.* Beside 13.5 GB of weights, gradients and optimizer state are nothing with either method. The prefix leaves fewer activations
-# than LoRA, and checkpointing takes away nearly all of them.
+# *What to see.* Beside 13.5 GB of weights, gradients and optimizer state are nothing with either method. The prefix leaves
+# fewer activations than LoRA, and checkpointing takes away nearly all of them.
 #
 # ## 6. Where it starts decides
 #
-# peft starts a prefix from random normal numbers, and people report that such a prefix does not learn (peft issue 710). Why? Begin with
-# the start itself. In which order do you expect the loss on reviews of the four starts of `start` to be, *before any training*? And where
-# among them does the model without a prefix stand?
+# peft starts a prefix from random normal numbers, and people report that such a prefix does not learn (peft issue 710). Why?
+# Begin with the start itself. In which order do you expect the loss on reviews of the four starts of `start` to be, *before any
+# training*? And where among them does the model without a prefix stand?
 
 # %%
 my_order = []  # of "none", "text", "random", "mlp", "zeros", lowest loss first
 
 # %% [markdown]
-# For each start we measure the loss of the untrained model, the share of its attention that goes to the prefix and to the very first key, and
-# the length of that key's value. To get at the attention, the next cell listens at PyTorch's own function.
+# For each start we measure the loss of the untrained model, the share of its attention that goes to the prefix and to the very
+# first key, and the length of that key's value. To get at the attention, the next cell listens at PyTorch's own function.
 
 
 # %% tags=["experiment"]
@@ -779,18 +788,19 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Without a prefix the model gives about half of its attention to the first token of whatever it reads. That token's value is
-# far shorter than the others. It is a place to look at when there is nothing to see, an **attention sink** (Xiao et al. 2023). A prefix from
-# text brings its own sink along, its first key. The model works as before, and its loss is even lower.
+# *What to see.* Without a prefix the model gives about half of its attention to the first token of whatever it reads. That
+# token's value is far shorter than the others. It is a place to look at when there is nothing to see, an **attention sink**
+# (Xiao et al. 2023). A prefix from text brings its own sink along, its first key. The model works as before, and its loss is
+# even lower.
 #
-# A random prefix has no sink. It takes away a share of the same order (remember $\lambda$) and adds *random values* where there was
-# next to nothing, in all 30 layers. What comes out is about as bad as guessing, or worse. Zeros are milder: they dilute the attention, and
-# disturb less. An MLP's start is close to zeros in its loss, and its outputs are small.
+# A random prefix has no sink. It takes away a share of the same order (remember $\lambda$) and adds *random values* where there
+# was next to nothing, in all 30 layers. What comes out is about as bad as guessing, or worse. Zeros are milder: they dilute the
+# attention, and disturb less. An MLP's start is close to zeros in its loss, and its outputs are small.
 #
 # ### Then why not start from zeros?
 #
-# Zeros seem the natural choice: BitFit starts from zeros, and LoRA's change does. Try it on a tiny model. How many *different* tokens will a prefix of
-# zeros have after twenty steps?
+# Zeros seem the natural choice: BitFit starts from zeros, and LoRA's change does. Try it on a tiny model. How many *different*
+# tokens will a prefix of zeros have after twenty steps?
 
 # %%
 my_different_tokens = None  # of 16
@@ -809,14 +819,14 @@ for name, made in {
 print(f"you said {my_different_tokens}")
 
 # %% [markdown]
-# *What to see.* Equal tokens get equal attention, so they get equal gradients and stay equal for ever. Sixteen tokens of zeros are
-# one token, sixteen times. A prefix needs a start that tells its tokens apart.
+# *What to see.* Equal tokens get equal attention, so they get equal gradients and stay equal for ever. Sixteen tokens of zeros
+# are one token, sixteen times. A prefix needs a start that tells its tokens apart.
 
 # %% [markdown]
 # ### Can training undo the damage?
 #
-# AdamW moves each number by about the learning rate in a step (unit 05). So the learning rates of all steps added up say how far a number
-# gets that is always pushed the same way. The schedule of our training loop goes up to its peak and down again:
+# AdamW moves each number by about the learning rate in a step (unit 05). So the learning rates of all steps added up say how
+# far a number gets that is always pushed the same way. The schedule of our training loop goes up to its peak and down again:
 
 # %%
 optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -831,8 +841,9 @@ for rate in (3e-3, 1e-2, 1e-1):
     print(f"peak rate {rate:g}: a number gets about {way * rate:.2f} far; a standard normal one is 0.80 on average")
 
 # %% [markdown]
-# It looks as if at a rate of 0.003 a random prefix could not leave the place where it was dropped: it would have to cross its own size. Is
-# that why it does not learn? Predict: from 10.9 nats, where will the loss be after 40 steps on reviews? These runs come with the course.
+# It looks as if at a rate of 0.003 a random prefix could not leave the place where it was dropped: it would have to cross its
+# own size. Is that why it does not learn? Predict: from 10.9 nats, where will the loss be after 40 steps on reviews? These runs
+# come with the course.
 
 # %%
 my_loss_at = {0.003: None, 0.01: None, 0.3: None}  # nats, the mean of the last ten steps, by peak rate
@@ -844,14 +855,16 @@ for row in comparison.sweep_rows(comparison.rows("prefix_tuning", "movie_reviews
     print(f"{rate:>6g}{row.losses[0]:>12.2f}{late:>11.2f}{row.score_after:>8.1%}  {my_loss_at.get(rate) or '-'}")
 
 # %% [markdown]
-# *What to see.* At 0.003 no number gets further than 0.06, and the loss falls by nine nats. A prefix has 184,320 numbers, and each has to move
-# only a little for the damage to be gone. From 0.01 on, the rate hardly matters for where the loss ends. So distance is not what is missing.
+# *What to see.* At 0.003 no number gets further than 0.06, and the loss falls by nine nats. A prefix has 184,320 numbers, and
+# each has to move only a little for the damage to be gone. From 0.01 on, the rate hardly matters for where the loss ends. So
+# distance is not what is missing.
 #
-# Look at where it ends: 0.69 nats is $\ln 2$. A model that knows the next word is *good* or *bad*, but not which, has exactly this loss, and
-# half of the reviews right. The random prefix learns which two words are asked for. It does not learn, in 40 steps, to tell the reviews apart.
+# Look at where it ends: 0.69 nats is $\ln 2$. A model that knows the next word is *good* or *bad*, but not which, has exactly
+# this loss, and half of the reviews right. The random prefix learns which two words are asked for. It does not learn, in 40
+# steps, to tell the reviews apart.
 #
-# Is it the missing sink, then? Take a random prefix whose first token, in every layer, is the text prefix's: its sink. Will it learn? About a
-# minute and a half on two CPU cores.
+# Is it the missing sink, then? Take a random prefix whose first token, in every layer, is the text prefix's: its sink. Will it
+# learn? About a minute and a half on two CPU cores.
 
 # %%
 my_guess = ""  # "yes" or "no"
@@ -873,17 +886,17 @@ shares = attention_by_key(model, some)[0]
 print(f"the prefix gets {shares[:, :TOKENS].sum(1).mean():.0%} of the attention, its first key {shares[:, 0].mean():.0%}")
 
 # %% [markdown]
-# *What to see.* It does not: the loss ends at 0.77, as without the sink, and 46% are right. The sink is in use (its key gets a third of the attention),
-# and was not what is missing. What sets a random prefix apart from a random *soft prompt*, which learns (unit 05)? The prompt's keys and values
-# are made by the model's own layers, out of whatever is put in. Here every one of 30 layers meets keys and values that no layer has made. That is
-# a difference, not yet a proof.
+# *What to see.* It does not: the loss ends at 0.77, as without the sink, and 46% are right. The sink is in use (its key gets a
+# third of the attention), and was not what is missing. What sets a random prefix apart from a random *soft prompt*, which
+# learns (unit 05)? The prompt's keys and values are made by the model's own layers, out of whatever is put in. Here every one
+# of 30 layers meets keys and values that no layer has made. That is a difference, not yet a proof.
 
 # %% [markdown]
 # ## 7. On a real model
 #
-# Fine-tune a prefix from text on film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad` more likely? The
-# learning rate is the one that our sweep chose (see below). The first score is already that of a model with an instruction in front. About two
-# minutes on two CPU cores, ten seconds on an H200. Predict first: where will the loss *start*?
+# Fine-tune a prefix from text on film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad`
+# more likely? The learning rate is the one that our sweep chose (see below). The first score is already that of a model with an
+# instruction in front. About two minutes on two CPU cores, ten seconds on an H200. Predict first: where will the loss *start*?
 
 # %%
 my_first_loss = None  # nats per label
@@ -916,8 +929,8 @@ plots.show(
 )
 
 # %% [markdown]
-# How far has the prefix travelled? Compare with the way that you computed, and with the size of what it started from. And has it kept its
-# sink?
+# How far has the prefix travelled? Compare with the way that you computed, and with the size of what it started from. And has
+# it kept its sink?
 
 # %% tags=["experiment"]
 for name, now, then in zip(("keys", "values"), (prefix.keys, prefix.values), started_from):
@@ -932,10 +945,10 @@ for when, shares in (("before", before_training["text"][1]), ("after", attention
 # %% [markdown]
 # ### What we measured
 #
-# The rows below come with the course: prefix tuning with three starts, each with its learning rate swept, and beside it other methods, all on
-# the same batches (the other starts on reviews only). The rate is chosen by the late loss: with one seed first, then by the mean of three. No
-# batch comes twice in a run, and the test split has no say. The table and the lines show seed 0, small marks the other seeds; a star, or a ring,
-# marks the chosen rate.
+# The rows below come with the course: prefix tuning with three starts, each with its learning rate swept, and beside it other
+# methods, all on the same batches (the other starts on reviews only). The rate is chosen by the late loss: with one seed first,
+# then by the mean of three. No batch comes twice in a run, and the test split has no say. The table and the lines show seed 0,
+# small marks the other seeds; a star, or a ring, marks the chosen rate.
 
 # %%
 COMPARED = {
@@ -968,24 +981,25 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Look for 0.69 nats. Every run from random numbers ends there or above. With seed 0 the MLP ends there, too, at rates of 0.0003
-# and more; at 0.0001 it gets further. (The lone mark at the top is its seed 2 at 0.001.) The prefix from text learns at every rate of its sweep.
-# So on reviews the start decides, and the rate for a text start is about 0.01. On tool calls a rate ten times as high is chosen. (Forty and
-# sixty steps are few. What many thousand would do, these rows do not say.) Below, each start at the rate that suits it, with three seeds.
+# *What to see.* Look for 0.69 nats. Every run from random numbers ends there or above. With seed 0 the MLP ends there, too, at
+# rates of 0.0003 and more; at 0.0001 it gets further. (The lone mark at the top is its seed 2 at 0.001.) The prefix from text
+# learns at every rate of its sweep. So on reviews the start decides, and the rate for a text start is about 0.01. On tool calls
+# a rate ten times as high is chosen. (Forty and sixty steps are few. What many thousand would do, these rows do not say.)
+# Below, each start at the rate that suits it, with three seeds.
 
 # %%
 print(comparison.score_table(shipped))
 print(comparison.memory_table(shipped))
 
 # %% [markdown]
-# *What to see.* Read the prefix and the soft prompt of unit 05, both from text, across the two tasks. On tool calls the prefix has 89.8%, the
-# prompt 19.0%. On reviews it is the other way round: 83.8% against 86.5%, with a prefix of twenty times as many numbers. So keys and values in every
-# layer are worth seventy points where a format is asked for, and nothing where one word is. (Is that depth, or the number of numbers? These
-# rows do not tell the two apart.)
+# *What to see.* Read the prefix and the soft prompt of unit 05, both from text, across the two tasks. On tool calls the prefix
+# has 89.8%, the prompt 19.0%. On reviews it is the other way round: 83.8% against 86.5%, with a prefix of twenty times as many
+# numbers. So keys and values in every layer are worth seventy points where a format is asked for, and nothing where one word
+# is. (Is that depth, or the number of numbers? These rows do not tell the two apart.)
 #
-# Then the price. *Forgetting* is by how much the loss on newspaper sentences has risen, in nats per token, with the prefix in place: +1.75 on
-# reviews, where the prompt has -0.01, and +3.96 on tool calls, the most of this table's four. But leave the prefix out, and the model is what it was, to
-# the bit.
+# Then the price. *Forgetting* is by how much the loss on newspaper sentences has risen, in nats per token, with the prefix in
+# place: +1.75 on reviews, where the prompt has -0.01, and +3.96 on tool calls, the most of this table's four. But leave the
+# prefix out, and the model is what it was, to the bit.
 #
 # With 480 test reviews one standard error is about 1.7 points here, with 200 tool calls it is up to 3.5.
 
@@ -993,8 +1007,8 @@ print(comparison.memory_table(shipped))
 # ## 8. The same thing in peft
 #
 # Compare what you built with the library. There are two small LLaMAs with the same weights: a `transformers` model with peft's
-# `PrefixTuningConfig`, and our `Llama` with yours. Keys and values are trained directly once, and once through an MLP. Both must give the
-# same logits, and the same losses over 20 AdamW steps.
+# `PrefixTuningConfig`, and our `Llama` with yours. Keys and values are trained directly once, and once through an MLP. Both
+# must give the same logits, and the same losses over 20 AdamW steps.
 
 # %% tags=["experiment"]
 import warnings
@@ -1085,9 +1099,9 @@ for number in range(2):
     assert apart <= 160 * torch.finfo(torch.float32).eps * max(keys.abs().max().item(), values.abs().max().item())
 
 # %% [markdown]
-# One thing differs: padding on the left. You count positions along the mask; `transformers` counts padding as text unless it is told the
-# positions, and peft takes none for a prefix ("Position ids are not supported"). So the text moves away from the prefix, by as many positions as there
-# is padding. In a batch, the same review then gets another answer.
+# One thing differs: padding on the left. You count positions along the mask; `transformers` counts padding as text unless it is
+# told the positions, and peft takes none for a prefix ("Position ids are not supported"). So the text moves away from the
+# prefix, by as many positions as there is padding. In a batch, the same review then gets another answer.
 
 # %% tags=["experiment"]
 theirs, ours = in_both(projection=False)
@@ -1104,9 +1118,9 @@ with torch.no_grad():
 # %% [markdown]
 # ## 9. Bug hunt  ·  1 point, about 12 minutes
 #
-# *After peft issue 869.* In `transformers` a prefix is given to the model as a **cache**: an object that holds past keys and values. Each layer calls
-# `cache.update(keys, values, layer)`, which appends what it is given, and gets back all there is. For writing text that is just right. Here is
-# such a cache, with a prefix in it, and an attention that uses it.
+# *After peft issue 869.* In `transformers` a prefix is given to the model as a **cache**: an object that holds past keys and
+# values. Each layer calls `cache.update(keys, values, layer)`, which appends what it is given, and gets back all there is. For
+# writing text that is just right. Here is such a cache, with a prefix in it, and an attention that uses it.
 
 
 # %%
@@ -1177,8 +1191,8 @@ except RuntimeError as error:
     print(f"with checkpointing: {type(error).__name__}:", *str(error).splitlines()[:4], sep="\n    ")
 
 # %% [markdown]
-# How many keys does a layer see in forward, and how many when backward runs it again? `transformers` now *throws the cache away* where a layer is
-# checkpointed, with a line in the log. The prefix goes with it. Here is what is left:
+# How many keys does a layer see in forward, and how many when backward runs it again? `transformers` now *throws the cache
+# away* where a layer is checkpointed, with a line in the log. The prefix goes with it. Here is what is left:
 
 
 # %%
@@ -1200,8 +1214,8 @@ except RuntimeError as error:
 print("embeddings' output requires a gradient:", gradient_of_prefix(NoCache, True, inputs_require_grad=True))
 
 # %% [markdown]
-# *What to see.* In the second run nothing complains. Backward runs through the frozen layers down to the embeddings, `prefix.keys.grad` stays `None`,
-# and the optimizer passes the prefix over. peft refuses:
+# *What to see.* In the second run nothing complains. Backward runs through the frozen layers down to the embeddings,
+# `prefix.keys.grad` stays `None`, and the optimizer passes the prefix over. peft refuses:
 
 # %% tags=["experiment"]
 hub_model = in_both(projection=False)[0].get_base_model()
@@ -1212,8 +1226,8 @@ except ValueError as error:
     print(f"peft: {error}")
 
 # %% [markdown]
-# It need not. Write `PrefixCache`. Its `update` returns the prefix with the given keys and values behind it, expanded to their batch and in
-# their dtype. It may be called any number of times, in any order, with and without checkpointing.
+# It need not. Write `PrefixCache`. Its `update` returns the prefix with the given keys and values behind it, expanded to their
+# batch and in their dtype. It may be called any number of times, in any order, with and without checkpointing.
 #
 # <details><summary>It works with checkpointing in one layer, and not in two</summary>
 #
@@ -1254,50 +1268,56 @@ print(f"largest difference of the gradient with checkpointing: {(in_full - check
 # %% [markdown]
 # ## 10. In your own words  ·  2 points, marked by hand
 #
-# A colleague wants one LLaMA-7B for forty customers, each with a prefix of 32 tokens. For a first customer, who sorts letters into two kinds, he
-# takes a library's default: keys and values from a standard normal distribution. In 40 steps the loss falls from 11 nats to 0.7, and he is pleased;
-# but half of the answers are wrong. He turns gradient checkpointing on to make room for larger batches. His library is an older one that does not
-# refuse: training runs without an error, and now the loss does not go down *at all*.
+# A colleague wants one LLaMA-7B for forty customers, each with a prefix of 32 tokens. For a first customer, who sorts letters
+# into two kinds, he takes a library's default: keys and values from a standard normal distribution. In 40 steps the loss falls
+# from 11 nats to 0.7, and he is pleased; but half of the answers are wrong. He turns gradient checkpointing on to make room for
+# larger batches. His library is an older one that does not refuse: training runs without an error, and now the loss does not go
+# down *at all*.
 #
-# In about 120 words: what has been learned in the first run, and what has not? Why does the second learn nothing? Name for each of the two the
-# one measurement that would show it, and what you would change. And what will his prefixes cost when the model is in use, that a merged LoRA
-# would not? Refer to at least one number that you measured in this unit.
+# In about 120 words: what has been learned in the first run, and what has not? Why does the second learn nothing? Name for each
+# of the two the one measurement that would show it, and what you would change. And what will his prefixes cost when the model
+# is in use, that a merged LoRA would not? Refer to at least one number that you measured in this unit.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: the two runs, each with its measurement.* The first: the damage of a random start is undone, and the two words are learned,
-# but not which is right: 0.7 nats is ln 2, the loss of a coin (shown by the score, or by the loss before training and at the end);
-# change: start from tokens, or an MLP at a low rate. "The numbers cannot move far enough" is refuted by section 6. Checkpointing: the cache with the
-# prefix is dropped, so that no gradient arrives (shown by `prefix.keys.grad` being `None`, or by equal losses with and without the prefix);
-# change: read the prefix inside the layer, or no checkpointing. *1 point: the cost in use, and a number.* A prefix cannot be merged: for every
-# request 32 more keys and values in each layer, in memory and in every token's attention; many customers in one batch are possible, though. A
-# measured figure is quoted. Half points for either part where measurement or cost is missing.
+# **Rubric.** *1 point: the two runs, each with its measurement.* The first: the damage of a random start is undone, and the two
+# words are learned, but not which is right: 0.7 nats is ln 2, the loss of a coin (shown by the score, or by the loss before
+# training and at the end); change: start from tokens, or an MLP at a low rate. "The numbers cannot move far enough" is refuted
+# by section 6. Checkpointing: the cache with the prefix is dropped, so that no gradient arrives (shown by `prefix.keys.grad`
+# being `None`, or by equal losses with and without the prefix); change: read the prefix inside the layer, or no checkpointing.
+# *1 point: the cost in use, and a number.* A prefix cannot be merged: for every request 32 more keys and values in each layer,
+# in memory and in every token's attention; many customers in one batch are possible, though. A measured figure is quoted. Half
+# points for either part where measurement or cost is missing.
 #
-# **A full answer.** A random prefix breaks the model at first: here the loss was 10.9 nats, against 6.5 without a prefix. Training has repaired that
-# and learned the two words. It has not learned to tell the letters apart: 0.7 is ln 2, the loss of a coin, and the score says 50%. In this unit
-# no rate got a random prefix below it in 40 steps. I would start from an instruction's keys and values. With checkpointing the library drops the past
-# keys and values; `prefix.keys.grad` would be `None`. I would put the prefix into the attention itself, or shrink the batch and accumulate. In
-# use the prefix stays: 32 extra keys and values per layer for each request, where a merged LoRA costs nothing.
+# **A full answer.** A random prefix breaks the model at first: here the loss was 10.9 nats, against 6.5 without a prefix.
+# Training has repaired that and learned the two words. It has not learned to tell the letters apart: 0.7 is ln 2, the loss of a
+# coin, and the score says 50%. In this unit no rate got a random prefix below it in 40 steps. I would start from an
+# instruction's keys and values. With checkpointing the library drops the past keys and values; `prefix.keys.grad` would be
+# `None`. I would put the prefix into the attention itself, or shrink the batch and accumulate. In use the prefix stays: 32
+# extra keys and values per layer for each request, where a merged LoRA costs nothing.
 #
-# **An answer worth one point.** The prefix starts at random and that confuses the model, so a real text should be used as the start. Gradient
-# checkpointing does not work with prefix tuning in peft, so he has to turn it off. Prefixes make the input longer.
+# **An answer worth one point.** The prefix starts at random and that confuses the model, so a real text should be used as the
+# start. Gradient checkpointing does not work with prefix tuning in peft, so he has to turn it off. Prefixes make the input
+# longer.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A prefix in every layer, equal to peft's to rounding, with MLP and without; a start that works, and measurements of what others do; gradient
-# checkpointing, where the library gives up.
+# A prefix in every layer, equal to peft's to rounding, with MLP and without; a start that works, and measurements of what
+# others do; gradient checkpointing, where the library gives up.
 #
 # ## Sources
 #
-# - Li and Liang (2021), *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, arXiv 2101.00190: section 4.1 is the method, 4.3 the MLP,
-#   7.4 the initialization: with few data, a start from real words does better than a random one.
-# - Liu et al. (2021), *P-Tuning v2*, arXiv 2110.07602: the same in every layer, for models of many sizes, with and without the MLP.
-# - He et al. (2022), *Towards a Unified View of Parameter-Efficient Transfer Learning*, arXiv 2110.04366: the formula with $\lambda$.
+# - Li and Liang (2021), *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, arXiv 2101.00190: section 4.1 is the
+#   method, 4.3 the MLP, 7.4 the initialization: with few data, a start from real words does better than a random one.
+# - Liu et al. (2021), *P-Tuning v2*, arXiv 2110.07602: the same in every layer, for models of many sizes, with and without the
+#   MLP.
+# - He et al. (2022), *Towards a Unified View of Parameter-Efficient Transfer Learning*, arXiv 2110.04366: the formula with
+#   $\lambda$.
 # - Xiao et al. (2023), *Efficient Streaming Language Models with Attention Sinks*, arXiv 2309.17453.
 # - Su et al. (2021), *RoFormer*, arXiv 2104.09864. Ainslie et al. (2023), *GQA*, arXiv 2305.13245.
-# - peft issues [869](https://github.com/huggingface/peft/issues/869) and [710](https://github.com/huggingface/peft/issues/710), pull request
-#   [2191](https://github.com/huggingface/peft/pull/2191).
-# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025), *SmolLM2*,
-#   arXiv 2502.02737.
+# - peft issues [869](https://github.com/huggingface/peft/issues/869) and [710](https://github.com/huggingface/peft/issues/710),
+#   pull request [2191](https://github.com/huggingface/peft/pull/2191).
+# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025),
+#   *SmolLM2*, arXiv 2502.02737.

@@ -13,17 +13,18 @@
 # |---|---|---|---|
 # | 100, and 6 of experiments on two CPU cores | 2 of 5 | 14 | 00_start_here; some PyTorch |
 #
-# Instead of changing the weights of a trained model, one can put something between them: a small network behind each
-# sub-layer, which alone is trained. That is an **adapter** (Houlsby et al. 2019).
+# Instead of changing the weights of a trained model, one can put something between them: a small network behind each sub-layer,
+# which alone is trained. That is an **adapter** (Houlsby et al. 2019).
 #
 # **When you have finished, you can**
 #
-# 1. build adapters, put them where Houlsby et al. and Pfeiffer et al. put them, and say beforehand how many parameters that takes;
+# 1. build adapters, put them where Houlsby et al. and Pfeiffer et al. put them, and say beforehand how many parameters that
+#    takes;
 # 2. keep several adapters in one model, switch between tasks, stack two of them, and make one out of two without an error;
 # 3. say, from your own measurements, which memory adapters save, and what they cost each time the model is used.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
+# random numbers every time, and says what is wrong. Run the checks as often as you like.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 from collections.abc import Callable, Sequence
@@ -53,8 +54,8 @@ UNIT = "07_adapters"
 # %% [markdown]
 # ## The idea
 #
-# Let $h$ be what a sub-layer, attention or MLP, gives for a token: $d$ numbers. An adapter squeezes them into $m$ numbers, bends these with
-# GELU, spreads them out again, and adds the result to $h$:
+# Let $h$ be what a sub-layer, attention or MLP, gives for a token: $d$ numbers. An adapter squeezes them into $m$ numbers,
+# bends these with GELU, spreads them out again, and adds the result to $h$:
 #
 # $$ \text{adapter}(h) = h + W_\text{up}\; \text{gelu}(W_\text{down}\, h + b_\text{down}) + b_\text{up} $$
 #
@@ -67,12 +68,12 @@ UNIT = "07_adapters"
 # | spread out | $W_\text{up}\, \text{gelu}(z) + b_\text{up}$, from $m$ to $d$ | `self.up(...)`, an `nn.Linear(m, d)` |
 # | add | $h + \dots$, the residual connection | `h + ...` |
 #
-# If $W_\text{up}$ and $b_\text{up}$ are zero, an adapter returns $h$, and the model with adapters in it is the model without. From there
-# training starts.
+# If $W_\text{up}$ and $b_\text{up}$ are zero, an adapter returns $h$, and the model with adapters in it is the model without.
+# From there training starts.
 #
-# Where do adapters stand? A decoder layer adds the output of each sub-layer to what came in, the *residual stream*. The adapter stands
-# between sub-layer and addition. Houlsby et al. put one behind attention and one behind the MLP; Pfeiffer et al. (2021) found that
-# the one behind the MLP is nearly enough; at the same number of parameters it can be twice as wide.
+# Where do adapters stand? A decoder layer adds the output of each sub-layer to what came in, the *residual stream*. The adapter
+# stands between sub-layer and addition. Houlsby et al. put one behind attention and one behind the MLP; Pfeiffer et al. (2021)
+# found that the one behind the MLP is nearly enough; at the same number of parameters it can be twice as wide.
 
 
 # %%
@@ -106,20 +107,22 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Grey is frozen, orange is trained. There are two residual connections, one in the other: the large one, around norm,
-# sub-layer and adapter, was there before; the small one is inside the orange box.
+# *What to see.* Grey is frozen, orange is trained. There are two residual connections, one in the other: the large one, around
+# norm, sub-layer and adapter, was there before; the small one is inside the orange box.
 
 # %% [markdown]
 # ## 1. Build the adapter  ·  3 points, about 15 minutes
 #
 # Two things decide whether it works:
 #
-# - **The start.** `up` starts at zero, weight and bias, so that the adapter is the identity, to the bit. `down` starts at random and small:
-#   `nn.init.normal_` with a standard deviation of 0.01 for the weight, and zero for its bias. (Were both weights zero, neither would ever learn. Why?)
-#   Houlsby et al. start *near* the identity, with both matrices small, and cut the normal distribution off at two standard deviations, which
-#   leaves one of 0.0088. That is accepted too: in a large adapter, the check wants between 0.0084 and 0.0105, because chance takes or adds a little.
+# - **The start.** `up` starts at zero, weight and bias, so that the adapter is the identity, to the bit. `down` starts at
+#   random and small: `nn.init.normal_` with a standard deviation of 0.01 for the weight, and zero for its bias. (Were both
+#   weights zero, neither would ever learn. Why?) Houlsby et al. start *near* the identity, with both matrices small, and cut
+#   the normal distribution off at two standard deviations, which leaves one of 0.0088. That is accepted too: in a large
+#   adapter, the check wants between 0.0084 and 0.0105, because chance takes or adds a little.
 # - **What bends.** Without GELU, `up` and `down` are one matrix of rank $m$ that could be multiplied into the sub-layer's last
-#   weight; unit 08's LoRA comes close to that. With it, nothing can be merged. This costs time each time the model is used, and we shall measure how much.
+#   weight; unit 08's LoRA comes close to that. With it, nothing can be merged. This costs time each time the model is used, and
+#   we shall measure how much.
 #
 # <details><summary>RuntimeError: mat1 and mat2 shapes cannot be multiplied</summary>
 #
@@ -136,8 +139,8 @@ plots.show(
 # </details>
 # <details><summary>The memory check says that forward saves too much</summary>
 #
-# Besides `h` and the weights, two tensors of `bottleneck` numbers a token need to be kept: GELU's input and its output. Each operation that
-# you write out keeps tensors of its own. Is there a single function for it?
+# Besides `h` and the weights, two tensors of `bottleneck` numbers a token need to be kept: GELU's input and its output. Each
+# operation that you write out keeps tensors of its own. Is there a single function for it?
 # </details>
 
 
@@ -168,15 +171,15 @@ class Adapter(nn.Module):
 
 
 # %% [markdown]
-# The first check looks at new adapters, then gives one random weights and compares its output, and all gradients, with the formula.
-# *2 points.*
+# The first check looks at new adapters, then gives one random weights and compares its output, and all gradients, with the
+# formula. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapter", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_adapter(Adapter)
 
 # %% [markdown]
-# The second *measures*: it takes a training step and counts the bytes of every gradient, of the optimizer's state, and of all that
-# forward keeps for backward. *1 point.*
+# The second *measures*: it takes a training step and counts the bytes of every gradient, of the optimizer's state, and of all
+# that forward keeps for backward. *1 point.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-adapter-memory", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_adapter_memory(Adapter)
@@ -184,8 +187,8 @@ check_adapter_memory(Adapter)
 # %% [markdown]
 # ### The first step
 #
-# At the start `up` is zero, so whatever `down` does is multiplied by zero, and its gradient is zero as well. Is it stuck? Look at both
-# gradients for two steps.
+# At the start `up` is zero, so whatever `down` does is multiplied by zero, and its gradient is zero as well. Is it stuck? Look
+# at both gradients for two steps.
 
 # %%
 torch.manual_seed(0)
@@ -198,8 +201,8 @@ for step in (1, 2):
     optimizer.step()
 
 # %% [markdown]
-# `up` learns first, and from the second step on `down` does too. With both at zero, both gradients would stay zero: the one is multiplied
-# by `up`, the other by what comes out of GELU, and gelu(0) = 0.
+# `up` learns first, and from the second step on `down` does too. With both at zero, both gradients would stay zero: the one is
+# multiplied by `up`, the other by what comes out of GELU, and gelu(0) = 0.
 
 # %% [markdown]
 # ## 2. Put it in its place  ·  4 points, about 20 minutes
@@ -211,15 +214,16 @@ for step in (1, 2):
 # | `x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)` | `x = x + adapter(self.self_attn(...))` |
 # | `x + self.mlp(self.post_attention_layernorm(x))` | `x + adapter(self.mlp(...))` |
 #
-# You need not touch that code. `Adapted` takes the place of a sub-layer, calls it with whatever arguments it gets, and passes its output
-# through the adapter. `add_adapters`
+# You need not touch that code. `Adapted` takes the place of a sub-layer, calls it with whatever arguments it gets, and passes
+# its output through the adapter. `add_adapters`
 #
-# 1. freezes the whole model: embedding, norms and head too (Houlsby et al. train the norms as well; we don't, to see what adapters do alone);
-# 2. in every decoder layer, replaces each of the sub-layers named in `places` by an `Adapted` of it and a new `Adapter` of yours, in the
-#    model's dtype and on its device.
+# 1. freezes the whole model: embedding, norms and head too (Houlsby et al. train the norms as well; we don't, to see what
+#    adapters do alone);
+# 2. in every decoder layer, replaces each of the sub-layers named in `places` by an `Adapted` of it and a new `Adapter` of
+#    yours, in the model's dtype and on its device.
 #
-# Why does the order of 1 and 2 matter? (So that your mark does not depend on exercise 1, the checks lend `add_adapters` an `Adapter` of
-# their own, under that name.)
+# Why does the order of 1 and 2 matter? (So that your mark does not depend on exercise 1, the checks lend `add_adapters` an
+# `Adapter` of their own, under that name.)
 #
 # <details><summary>TypeError: forward() missing 3 required positional arguments: 'cos', 'sin' and 'mask'</summary>
 #
@@ -228,12 +232,13 @@ for step in (1, 2):
 # </details>
 # <details><summary>RuntimeError: mat1 and mat2 must have the same dtype</summary>
 #
-# A new `nn.Linear` is in fp32, on the CPU. `module.to(device, dtype)` moves and converts a whole module; any of the model's weights knows
-# both.
+# A new `nn.Linear` is in fp32, on the CPU. `module.to(device, dtype)` moves and converts a whole module; any of the model's
+# weights knows both.
 # </details>
 # <details><summary>The logits have changed before anything was trained</summary>
 #
-# The sub-layer's output goes through the adapter and nowhere else: the residual connection that you know from exercise 1 is *in* it.
+# The sub-layer's output goes through the adapter and nowhere else: the residual connection that you know from exercise 1 is
+# *in* it.
 # </details>
 # <details><summary>How do I replace a sub-layer by its name?</summary>
 #
@@ -309,24 +314,25 @@ print("largest difference of any logit:", (tiny(input_ids) - before).abs().max()
 # %% [markdown]
 # ## 3. How many parameters?  ·  2 points, about 15 minutes
 #
-# With $d$ features and a bottleneck of $m$, `down` has $md$ weights and $m$ biases, `up` has $dm$ weights and $d$ biases. Together that is the
-# paper's formula, for *each* adapter:
+# With $d$ features and a bottleneck of $m$, `down` has $md$ weights and $m$ biases, `up` has $dm$ weights and $d$ biases.
+# Together that is the paper's formula, for *each* adapter:
 #
 # $$ 2md + d + m $$
 #
-# Predict first. SmolLM2 has 134,515,008 parameters, 30 layers and $d = 576$. With bottlenecks of 16 at both places, how many parameters are
-# trained, and what share of the model is that?
+# Predict first. SmolLM2 has 134,515,008 parameters, 30 layers and $d = 576$. With bottlenecks of 16 at both places, how many
+# parameters are trained, and what share of the model is that?
 
 # %%
 my_prediction = None  # a number of parameters
 
 # %% [markdown]
-# Now write it down as a function, and turn it round: given a budget, how wide may the bottleneck be? All counts are whole numbers.
+# Now write it down as a function, and turn it round: given a budget, how wide may the bottleneck be? All counts are whole
+# numbers.
 #
 # <details><summary>The bottleneck is one too large or one too small</summary>
 #
-# The budget is the most there may be, and exactly the budget is allowed: solve the formula for $m$ and round *down*. `//` does that
-# without going through floats.
+# The budget is the most there may be, and exactly the budget is allowed: solve the formula for $m$ and round *down*. `//` does
+# that without going through floats.
 # </details>
 # <details><summary>The MLP is wider inside. Does that matter?</summary>
 #
@@ -402,16 +408,17 @@ for name, whole in WHOLE.items():
         )
 
 # %% [markdown]
-# *What to see.* The share follows from how wide the bottleneck is *relative to the model*: adapters grow with $d$, the model's matrices with
-# $d^2$. So 16 features are eight tenths of a percent of the small model and one tenth of a percent of the large one. Those 1 to 5% mean
-# hundreds of features at 7 billion parameters. Houlsby et al. trained 3.6% a task on BERT, and came within 0.4% of full fine-tuning on GLUE.
+# *What to see.* The share follows from how wide the bottleneck is *relative to the model*: adapters grow with $d$, the model's
+# matrices with $d^2$. So 16 features are eight tenths of a percent of the small model and one tenth of a percent of the large
+# one. Those 1 to 5% mean hundreds of features at 7 billion parameters. Houlsby et al. trained 3.6% a task on BERT, and came
+# within 0.4% of full fine-tuning on GLUE.
 
 # %% [markdown]
 # ## 4. Measured: which memory do adapters save?
 #
 # A training step holds five kinds of bytes: the weights, their gradients, the optimizer's state (AdamW keeps two numbers for
-# each trained one), the *activations* that forward leaves for backward, and whatever is needed for a moment. Which of them
-# will be much smaller with adapters than in full fine-tuning? And LoRA, which sits at all seven linear layers: will it leave more
+# each trained one), the *activations* that forward leaves for backward, and whatever is needed for a moment. Which of them will
+# be much smaller with adapters than in full fine-tuning? And LoRA, which sits at all seven linear layers: will it leave more
 # activations than adapters at two places, or fewer?
 
 # %%
@@ -420,8 +427,8 @@ i_think_more_activations = None  # "LoRA" or "adapters"
 
 
 # %% [markdown]
-# To compare, here is the least of a LoRA. (Unit 08 builds a better one.) It adds a product of two thin matrices to a linear layer, and being
-# linear it can be merged into that layer's weight.
+# To compare, here is the least of a LoRA. (Unit 08 builds a better one.) It adds a product of two thin matrices to a linear
+# layer, and being linear it can be merged into that layer's weight.
 
 
 # %%
@@ -469,11 +476,11 @@ def with_adapters(model: Llama, placement: str = "Houlsby, 16", from_layer: int 
 
 
 # %% [markdown]
-# One of the ways that we measure leaves the lower half of the layers without adapters. Rücklé et al. (2021) call this *AdapterDrop*.
-# Before you look: which bytes will that save?
+# One of the ways that we measure leaves the lower half of the layers without adapters. Rücklé et al. (2021) call this
+# *AdapterDrop*. Before you look: which bytes will that save?
 #
-# We take one step of SmolLM2 on a real batch, and follow every allocation (on a GPU, we ask the allocator). This loads the model:
-# about 15 seconds the first time, one second later on.
+# We take one step of SmolLM2 on a real batch, and follow every allocation (on a GPU, we ask the allocator). This loads the
+# model: about 15 seconds the first time, one second later on.
 
 # %% tags=["experiment"]
 from peftlab import settings, tasks
@@ -516,13 +523,14 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Gradients and optimizer state have almost disappeared, because only the trained parameters have them. The weights are all there.
-# Activations have shrunk less: to reach the lowest adapter the gradient has to pass through everything above it, and each
-# nonlinearity, norm and attention on the way needs what it saw. What a *frozen* linear layer saw is not needed, so that adapters at two places
-# leave less than LoRA does, whose $A$ wants the input of each of the seven (four tensors: some of the seven read the same one).
+# *What to see.* Gradients and optimizer state have almost disappeared, because only the trained parameters have them. The
+# weights are all there. Activations have shrunk less: to reach the lowest adapter the gradient has to pass through everything
+# above it, and each nonlinearity, norm and attention on the way needs what it saw. What a *frozen* linear layer saw is not
+# needed, so that adapters at two places leave less than LoRA does, whose $A$ wants the input of each of the seven (four
+# tensors: some of the seven read the same one).
 #
-# With adapters in the upper half only, the gradient goes no further down than the lowest of these. Nothing below keeps anything: half of
-# the activations are gone. (Unit 03 gets its savings in the same way.)
+# With adapters in the upper half only, the gradient goes no further down than the lowest of these. Nothing below keeps
+# anything: half of the activations are gone. (Unit 03 gets its savings in the same way.)
 #
 # What would this be on a model of 7 billion parameters? Fake tensors, which have shapes and no numbers, let us measure it here.
 
@@ -538,14 +546,15 @@ for way, prepare in {"full": lambda model: None, "Houlsby, 64": lambda model: ad
 # %% [markdown]
 # ## 5. Several adapters in one place  ·  2 points, about 15 minutes
 #
-# The base never changes, so one copy of it can serve many tasks, each with a set of adapters of its own. An `AdapterBank` stands where an adapter
-# stood and holds several, by name. Its list `active` says which of them work: none (the base alone), one, or several *stacked*, one
-# behind the other. Stacking is the idea of MAD-X (Pfeiffer et al. 2020): train an adapter for a language, then one for a task on top of it;
-# exchange the lower one, and the task has learned another language.
+# The base never changes, so one copy of it can serve many tasks, each with a set of adapters of its own. An `AdapterBank`
+# stands where an adapter stood and holds several, by name. Its list `active` says which of them work: none (the base alone),
+# one, or several *stacked*, one behind the other. Stacking is the idea of MAD-X (Pfeiffer et al. 2020): train an adapter for a
+# language, then one for a task on top of it; exchange the lower one, and the task has learned another language.
 #
-# `activate(model, "swahili", "reviews")` switches every bank of the model, however deep inside: swahili first, reviews on what it gives. Only the
-# *last* one learns; all other adapters are frozen, and become trainable again when their turn comes. `activate(model)` switches all off. What
-# is in no bank stays as it is, trainable or frozen. If a bank lacks one of the names, a `ValueError` is raised and nothing has changed, in any bank.
+# `activate(model, "swahili", "reviews")` switches every bank of the model, however deep inside: swahili first, reviews on what
+# it gives. Only the *last* one learns; all other adapters are frozen, and become trainable again when their turn comes.
+# `activate(model)` switches all off. What is in no bank stays as it is, trainable or frozen. If a bank lacks one of the names,
+# a `ValueError` is raised and nothing has changed, in any bank.
 #
 # <details><summary>The names are not in the state dict, or nothing learns</summary>
 #
@@ -612,7 +621,8 @@ check_adapter_bank(AdapterBank, activate)
 # %% [markdown]
 # ## 6. On a real model, one base for two tasks
 #
-# Now your adapters meet SmolLM2-135M. First the model gets banks with two adapters each, which share the places of Houlsby et al.
+# Now your adapters meet SmolLM2-135M. First the model gets banks with two adapters each, which share the places of Houlsby et
+# al.
 
 
 # %%
@@ -635,9 +645,10 @@ def save_task(model: nn.Module, name: str, path: str | Path) -> None:
 
 
 # %% [markdown]
-# The first task is to judge film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad` more likely? Untrained
-# it is right in about seven of ten cases. `fine_tune` scores the model, trains what is trainable, scores it again and writes a results
-# row. The learning rates are those that our sweep chose (section 7). About a minute and a half on two CPU cores, ten seconds on an H200.
+# The first task is to judge film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad` more
+# likely? Untrained it is right in about seven of ten cases. `fine_tune` scores the model, trains what is trainable, scores it
+# again and writes a results row. The learning rates are those that our sweep chose (section 7). About a minute and a half on
+# two CPU cores, ten seconds on an H200.
 
 # %% tags=["experiment"]
 from peftlab import comparison
@@ -658,8 +669,8 @@ with torch.no_grad():
     with_reviews = model.model(input_ids)  # to be held against what comes when the second task has been learned
 
 # %% [markdown]
-# The second task, `tool_calls`, asks for JSON, which the untrained model never gets right. The same base, the other adapter; the first one is
-# frozen and switched off. Only 30 steps, about a minute.
+# The second task, `tool_calls`, asks for JSON, which the untrained model never gets right. The same base, the other adapter;
+# the first one is frozen and switched off. Only 30 steps, about a minute.
 
 # %% tags=["experiment"]
 print(calls.test[0]["prompt"], calls.test[0]["answer"])
@@ -689,13 +700,15 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* With 480 test reviews, one standard error is about 1.4 points. *Forgetting* is by how much the loss on newspaper sentences
-# has risen while the adapter is switched on, in nats per token. It can be a good deal: the adapter was only ever asked for one of two words.
+# *What to see.* With 480 test reviews, one standard error is about 1.4 points. *Forgetting* is by how much the loss on
+# newspaper sentences has risen while the adapter is switched on, in nats per token. It can be a good deal: the adapter was only
+# ever asked for one of two words.
 #
 # ### Switch
 #
-# Has learning the second task hurt the first? With the adapter for reviews switched on again, the model should do to the bit what it did
-# before. And with none, it should be the untrained base, which has forgotten nothing. Both can be tested on the hidden states of a batch:
+# Has learning the second task hurt the first? With the adapter for reviews switched on again, the model should do to the bit
+# what it did before. And with none, it should be the untrained base, which has forgotten nothing. Both can be tested on the
+# hidden states of a batch:
 
 # %% tags=["experiment"]
 import time
@@ -718,8 +731,8 @@ with torch.no_grad():
 del untrained
 
 # %% [markdown]
-# *What to see.* Each adapter is good at its own task. Stacked they get in each other's way, in one order or in both: neither was trained with the
-# other beneath it. (In MAD-X the upper one is trained with the lower one in its place.)
+# *What to see.* Each adapter is good at its own task. Stacked they get in each other's way, in one order or in both: neither
+# was trained with the other beneath it. (In MAD-X the upper one is trained with the lower one in its place.)
 #
 # The file holds one task and nothing else. A fresh model needs it and the base:
 
@@ -736,11 +749,12 @@ print(f"unknown names: {unknown}, largest difference: {(hidden_states[0] - hidde
 # %% [markdown]
 # ## 7. The comparison, measured
 #
-# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every method and both tasks.
+# Which learning rate? A method that looks useless often just has the wrong one. These rows come with the course, for every
+# method and both tasks.
 #
-# Each rate was run with one seed. What counts is the *late loss*, the mean training loss of the last ten steps. No row of the data comes
-# twice in a run, so this is a loss on unseen rows, and the test split is not used. The best rate got two more seeds. If their mean
-# then lost to another rate's single run, that rate got two more as well.
+# Each rate was run with one seed. What counts is the *late loss*, the mean training loss of the last ten steps. No row of the
+# data comes twice in a run, so this is a loss on unseen rows, and the test split is not used. The best rate got two more seeds.
+# If their mean then lost to another rate's single run, that rate got two more as well.
 
 # %%
 from peftlab import comparison
@@ -754,35 +768,39 @@ COMPARED = {
 shipped = plots.show_comparison(COMPARED, "adapters")
 
 # %% [markdown]
-# *What to see.* Each method has a valley of its own: full fine-tuning's lies at much smaller rates than those of the methods that train
-# little. (On reviews, at 0.003, LoRA and Pfeiffer's adapters learn with two seeds and fail with the third: a single run would not have told.)
+# *What to see.* Each method has a valley of its own: full fine-tuning's lies at much smaller rates than those of the methods
+# that train little. (On reviews, at 0.003, LoRA and Pfeiffer's adapters learn with two seeds and fail with the third: a single
+# run would not have told.)
 #
 # Adapters behind the MLP alone, twice as wide, do as well as those at both places: the differences are smaller than the spread
-# over seeds, on either task. They cost fewer activations, and half as many products at inference that wait for each other (section 8). Nor is there a
-# difference beyond the spread to LoRA or to full fine-tuning. But look at the last column of the first table: adapters score about as high, and
-# forget most. (The share is of the model *with* its adapters; in section 3 it was of the model without.)
+# over seeds, on either task. They cost fewer activations, and half as many products at inference that wait for each other
+# (section 8). Nor is there a difference beyond the spread to LoRA or to full fine-tuning. But look at the last column of the
+# first table: adapters score about as high, and forget most. (The share is of the model *with* its adapters; in section 3 it
+# was of the model without.)
 
 # %% [markdown]
 # ## 8. What cannot be merged is paid for at inference
 #
-# After training, LoRA is added to the weights and costs nothing. An adapter stays. How much time does it take? First count the arithmetic: a
-# linear layer does one multiplication and addition per weight and token, so the adapters' share of the parameters is their share of the
-# work. For SmolLM2's decoder layers:
+# After training, LoRA is added to the weights and costs nothing. An adapter stays. How much time does it take? First count the
+# arithmetic: a linear layer does one multiplication and addition per weight and token, so the adapters' share of the parameters
+# is their share of the work. For SmolLM2's decoder layers:
 
 # %%
 in_layers = WHOLE["SmolLM2-135M"] - PRESETS["SmolLM2-135M"].vocab_size * PRESETS["SmolLM2-135M"].hidden_size
 print(f"adapters add {adapter_parameters(PRESETS['SmolLM2-135M'], 16) / in_layers:.1%} to the arithmetic")
 
 # %% [markdown]
-# Predict: by how many percent will a forward pass get slower? Say it for one token (as when text is generated) and for 256 tokens at once.
+# Predict: by how many percent will a forward pass get slower? Say it for one token (as when text is generated) and for 256
+# tokens at once.
 
 # %%
 my_single_token, my_256_tokens = None, None  # percent
 
 
 # %% [markdown]
-# Time is noisy, on a machine with other things to do all the more. So each model takes turns with the plain one, and what counts is the median
-# over many turns of the *ratio* of the two in one turn. (Models are prepared one after the other, so that memory holds two of these at a time.)
+# Time is noisy, on a machine with other things to do all the more. So each model takes turns with the plain one, and what
+# counts is the median over many turns of the *ratio* of the two in one turn. (Models are prepared one after the other, so that
+# memory holds two of these at a time.)
 
 
 # %% tags=["experiment"]
@@ -838,8 +856,8 @@ plots.show(
 print(f"you said {my_single_token}% for one token and {my_256_tokens}% for 256")
 
 # %% [markdown]
-# *What to see.* Merged LoRA is the plain model again; what its bar shows is the noise. Adapters cost more than their arithmetic, most of all
-# for a single token. Why for a single one? Time one adapter by itself, with more and more tokens:
+# *What to see.* Merged LoRA is the plain model again; what its bar shows is the noise. Adapters cost more than their
+# arithmetic, most of all for a single token. Why for a single one? Time one adapter by itself, with more and more tokens:
 
 # %% tags=["experiment"]
 one_adapter = Adapter(576, 16).to(device)
@@ -850,20 +868,21 @@ with torch.inference_mode():
         print(f"{count:>4} tokens: {microseconds:>6.0f} µs, {microseconds / count:>6.1f} µs a token")
 
 # %% [markdown]
-# *What to see.* Sixteen times the arithmetic takes less than twice the time. So with one token most of the time is not arithmetic: each of the
-# small operations has to be *started*, one behind the other. On many tokens that cost is shared. Hu et al. (2022, table 1) found adapters slow
-# on a GPU, too, with GPT-2 medium: 19.8 ms without adapters, 25.8 ms with Houlsby's, at batch size 1 and 128 tokens. Rücklé et al. (2021)
-# report 4 to 6% on large batches.
+# *What to see.* Sixteen times the arithmetic takes less than twice the time. So with one token most of the time is not
+# arithmetic: each of the small operations has to be *started*, one behind the other. On many tokens that cost is shared. Hu et
+# al. (2022, table 1) found adapters slow on a GPU, too, with GPT-2 medium: 19.8 ms without adapters, 25.8 ms with Houlsby's, at
+# batch size 1 and 128 tokens. Rücklé et al. (2021) report 4 to 6% on large batches.
 #
-# But look at LoRA that is *not* merged: two small products at each of seven places take their time as well. Merging is what is free, and
-# merging means one task for each copy of the weights.
+# But look at LoRA that is *not* merged: two small products at each of seven places take their time as well. Merging is what is
+# free, and merging means one task for each copy of the weights.
 
 # %% [markdown]
 # ## 9. Compared with an oracle
 #
-# Is what you built an *adapter*, or something like it? peft, our yardstick in other units, has no Houlsby adapter. So here is one
-# written another way: a `transformers` LLaMA that nobody has touched, a *hook* behind each attention and MLP that replaces its output,
-# products written in einsum, GELU from its definition. Same weights, same tokens, 20 AdamW steps; only rounding may differ.
+# Is what you built an *adapter*, or something like it? peft, our yardstick in other units, has no Houlsby adapter. So here is
+# one written another way: a `transformers` LLaMA that nobody has touched, a *hook* behind each attention and MLP that replaces
+# its output, products written in einsum, GELU from its definition. Same weights, same tokens, 20 AdamW steps; only rounding may
+# differ.
 
 # %% tags=["experiment"]
 from transformers import LlamaConfig as HubConfig
@@ -915,10 +934,11 @@ assert apart <= 1e-5, "your adapters and the oracle's have parted ways: run the 
 # %% [markdown]
 # ## 10. Bug hunt: one adapter out of two  ·  1 point, about 10 minutes
 #
-# *After peft issues 1155 and 3761.* Two adapters were trained for two tasks, and somebody wants one that does a little of both: its change
-# of $h$ should be $w_1$ times the first one's plus $w_2$ times the second one's. In peft, functions that combine LoRA adapters have been wrong
-# without a word, more than once: weights that reached $A$ and not $B$, scalings and biases left out. Both issues use the same test: with
-# *weight 1 for one adapter, and 0 or nothing else beside it, that adapter must come back.* The function below passes it.
+# *After peft issues 1155 and 3761.* Two adapters were trained for two tasks, and somebody wants one that does a little of both:
+# its change of $h$ should be $w_1$ times the first one's plus $w_2$ times the second one's. In peft, functions that combine
+# LoRA adapters have been wrong without a word, more than once: weights that reached $A$ and not $B$, scalings and biases left
+# out. Both issues use the same test: with *weight 1 for one adapter, and 0 or nothing else beside it, that adapter must come
+# back.* The function below passes it.
 
 
 # %%
@@ -928,8 +948,8 @@ def join_with_a_bug(first: dict[str, Tensor], second: dict[str, Tensor], weights
 
 
 # %% [markdown]
-# Here is a sharper test. The features of a bottleneck have no order: an adapter whose features are shuffled, in `down` and in `up` alike, does
-# what it did. Then the half of it plus the half of its shuffled copy is the adapter itself.
+# Here is a sharper test. The features of a bottleneck have no order: an adapter whose features are shuffled, in `down` and in
+# `up` alike, does what it did. Then the half of it plus the half of its shuffled copy is the adapter itself.
 
 
 # %%
@@ -955,7 +975,8 @@ for name, adapter in {
     print(f"{name:<15} is off by {off:.1%} of the change")
 
 # %% [markdown]
-# What is wrong with adding name by name? There *is* an adapter that does exactly what was wanted. Write `join`, which returns its state dict.
+# What is wrong with adding name by name? There *is* an adapter that does exactly what was wanted. Write `join`, which returns
+# its state dict.
 #
 # <details><summary>I see no bug</summary>
 #
@@ -996,8 +1017,8 @@ def join(first: dict[str, Tensor], second: dict[str, Tensor], weights: tuple[flo
 check_join(join)
 
 # %% [markdown]
-# Does it matter on a real model? Join the two tasks' adapters of section 6, half and half, once right and once wrong. What will the two
-# tasks' scores be, each way?
+# Does it matter on a real model? Join the two tasks' adapters of section 6, half and half, once right and once wrong. What will
+# the two tasks' scores be, each way?
 
 # %% tags=["experiment"]
 for name, combine in (("joined", join), ("averaged", join_with_a_bug)):
@@ -1011,52 +1032,59 @@ for name in ("reviews", "calls", "joined", "averaged"):
     print(f"{name:<10} reviews right {right[0]:4.0%}, calls right {right[1]:4.0%}")
 
 # %% [markdown]
-# *What to see.* `joined` is exactly half of each change, in every layer; whether half of each is *useful* for either task is another question,
-# which the scores answer. That a combination is computed rightly does not make it a good idea.
+# *What to see.* `joined` is exactly half of each change, in every layer; whether half of each is *useful* for either task is
+# another question, which the scores answer. That a combination is computed rightly does not make it a good idea.
 
 # %% [markdown]
 # ## 11. In your own words  ·  2 points, marked by hand
 #
-# A colleague serves LLaMA-7B to 40 customers, each with adapters of bottleneck 64 of their own. Answers are generated token by token, and
-# requests of different customers come in turn. He has read that "adapters are slow and LoRA is free", and wants to train all
-# 40 again with LoRA and merge each.
+# A colleague serves LLaMA-7B to 40 customers, each with adapters of bottleneck 64 of their own. Answers are generated token by
+# token, and requests of different customers come in turn. He has read that "adapters are slow and LoRA is free", and wants to
+# train all 40 again with LoRA and merge each.
 #
-# In about 120 words: why are adapters slower than their few parameters suggest? Is merged LoRA free for *him*? What would you advise him, and
-# when would the advice be the opposite? Refer to at least one number that you measured in section 8.
+# In about 120 words: why are adapters slower than their few parameters suggest? Is merged LoRA free for *him*? What would you
+# advise him, and when would the advice be the opposite? Refer to at least one number that you measured in section 8.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "serving", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: where the time goes.* Adapters add small operations one behind the other, which at one token cost their start
-# more than their arithmetic (about 1%); because of the nonlinearity they cannot be merged away. A figure measured in section 8 is quoted, with what
-# it is compared to. *1 point: the advice.* Merging fits one task to one copy of the weights: 40 merged copies of some 13 GB, or a merge and an
-# unmerge at every change of customer; LoRA that is not merged costs time too. So for many customers in turn keep adapters (or LoRA
-# unmerged), perhaps without the lower layers' (AdapterDrop) or behind the MLP only; for one task, or few with much traffic each, merge. Half
-# points for either part without a reason or without the opposite case.
+# **Rubric.** *1 point: where the time goes.* Adapters add small operations one behind the other, which at one token cost their
+# start more than their arithmetic (about 1%); because of the nonlinearity they cannot be merged away. A figure measured in
+# section 8 is quoted, with what it is compared to. *1 point: the advice.* Merging fits one task to one copy of the weights: 40
+# merged copies of some 13 GB, or a merge and an unmerge at every change of customer; LoRA that is not merged costs time too. So
+# for many customers in turn keep adapters (or LoRA unmerged), perhaps without the lower layers' (AdapterDrop) or behind the MLP
+# only; for one task, or few with much traffic each, merge. Half points for either part without a reason or without the opposite
+# case.
 #
-# **A full answer.** In my measurement a forward pass of one token took 19% longer with adapters, although they add 1% of arithmetic: each layer
-# gets two more chains of small operations, and starting these takes longer than doing them. GELU stands in between, so they can't be merged. But
-# merged LoRA is only free for whoever has one task. He would need 40 copies of 13 GB, or to merge and unmerge with every customer. Unmerged,
-# LoRA cost 15% when I measured it, which is no great gain. I would keep the adapters, and try them behind the MLP only: 9%. If one customer made
-# nearly all requests, I would merge a LoRA for that one.
+# **A full answer.** In my measurement a forward pass of one token took 19% longer with adapters, although they add 1% of
+# arithmetic: each layer gets two more chains of small operations, and starting these takes longer than doing them. GELU stands
+# in between, so they can't be merged. But merged LoRA is only free for whoever has one task. He would need 40 copies of 13 GB,
+# or to merge and unmerge with every customer. Unmerged, LoRA cost 15% when I measured it, which is no great gain. I would keep
+# the adapters, and try them behind the MLP only: 9%. If one customer made nearly all requests, I would merge a LoRA for that
+# one.
 #
-# **An answer worth one point.** Adapters are extra layers, so there is more to compute one after the other, and as GELU is not linear they have to
-# stay. In my plot it was 20% slower for one token than the plain model. LoRA can be merged, and then it is as fast as the plain model, so he
-# should use LoRA.
+# **An answer worth one point.** Adapters are extra layers, so there is more to compute one after the other, and as GELU is not
+# linear they have to stay. In my plot it was 20% slower for one token than the plain model. LoRA can be merged, and then it is
+# as fast as the plain model, so he should use LoRA.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# Adapters that equal an independent implementation to rounding, in some thirty lines; their memory and their latency, measured; two tasks on one
-# base, switched in milliseconds. Unit 08 leaves the nonlinearity out, and gains merging by it.
+# Adapters that equal an independent implementation to rounding, in some thirty lines; their memory and their latency, measured;
+# two tasks on one base, switched in milliseconds. Unit 08 leaves the nonlinearity out, and gains merging by it.
 #
 # ## Sources
 #
-# - Houlsby et al. (2019), *Parameter-Efficient Transfer Learning for NLP*, arXiv 1902.00751: section 2.1 is the adapter and the formula.
-# - Pfeiffer et al. (2021), *AdapterFusion: Non-Destructive Task Composition for Transfer Learning*, arXiv 2005.00247: one adapter a layer.
-# - Pfeiffer et al. (2020), *MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer*, arXiv 2005.00052: stacking.
+# - Houlsby et al. (2019), *Parameter-Efficient Transfer Learning for NLP*, arXiv 1902.00751: section 2.1 is the adapter and the
+#   formula.
+# - Pfeiffer et al. (2021), *AdapterFusion: Non-Destructive Task Composition for Transfer Learning*, arXiv 2005.00247: one
+#   adapter a layer.
+# - Pfeiffer et al. (2020), *MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer*, arXiv 2005.00052:
+#   stacking.
 # - Rücklé et al. (2021), *AdapterDrop: On the Efficiency of Adapters in Transformers*, arXiv 2010.11918.
-# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685: table 1 is the latency of adapters.
-# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025), *SmolLM2*,
-#   arXiv 2502.02737.
-# - peft issues [1155](https://github.com/huggingface/peft/issues/1155) and [3761](https://github.com/huggingface/peft/issues/3761).
+# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685: table 1 is the latency of
+#   adapters.
+# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025),
+#   *SmolLM2*, arXiv 2502.02737.
+# - peft issues [1155](https://github.com/huggingface/peft/issues/1155) and
+#   [3761](https://github.com/huggingface/peft/issues/3761).

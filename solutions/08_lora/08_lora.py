@@ -14,7 +14,8 @@
 # | 110, and 16 of experiments on two CPU cores | 3 of 5 | 14 | 00_start_here; some PyTorch |
 #
 # Fine-tuning a large model changes every weight a little. LoRA (Hu et al. 2022) asks whether that *change* needs as many
-# numbers as the weights themselves, finds that it does not, and trains one or two percent as many here, and far less in large models.
+# numbers as the weights themselves, finds that it does not, and trains one or two percent as many here, and far less in large
+# models.
 #
 # **When you have finished, you can**
 #
@@ -22,8 +23,8 @@
 # 2. say, from your own measurements, which memory LoRA saves, and which it does not;
 # 3. merge an adapter, save it to a file of ten megabytes, and serve two tasks from one set of weights.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
+# random numbers every time, and says what is wrong. Run the checks as often as you like.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import math
@@ -52,13 +53,13 @@ UNIT = "08_lora"
 # %% [markdown]
 # ## The idea
 #
-# A linear layer of a trained model computes $y = W x$. Fine-tuning replaces $W$ by $W + \Delta W$, where $\Delta W$ has as
-# many entries as $W$. LoRA leaves $W$ as it is and writes the change as a product of two thin matrices:
+# A linear layer of a trained model computes $y = W x$. Fine-tuning replaces $W$ by $W + \Delta W$, where $\Delta W$ has as many
+# entries as $W$. LoRA leaves $W$ as it is and writes the change as a product of two thin matrices:
 #
 # $$ y = W x + \frac{\alpha}{r} \, B A \, x, \qquad A \in \mathbb{R}^{r \times \text{in}}, \quad B \in \mathbb{R}^{\text{out} \times r} $$
 #
-# $A$ squeezes the input into $r$ numbers, $B$ spreads them out again. $r$ is the **rank**: $BA$ is an out × in matrix, but
-# one of rank at most $r$. Here is the query projection of a SmolLM2 layer and its two factors at rank 8, drawn to scale.
+# $A$ squeezes the input into $r$ numbers, $B$ spreads them out again. $r$ is the **rank**: $BA$ is an out × in matrix, but one
+# of rank at most $r$. Here is the query projection of a SmolLM2 layer and its two factors at rank 8, drawn to scale.
 
 # %%
 out_features, in_features, rank = 576, 576, 8
@@ -84,8 +85,8 @@ lora = rank * (in_features + out_features)
 print(f"W: {full:,} numbers.  A and B: {lora:,} numbers, {lora / full:.1%} of that.")
 
 # %% [markdown]
-# The definition above can be typed in as it stands. The function below is right, and it is what your layer has to agree
-# with; but it builds $BA$, a matrix as large as $W$, which is just what we want to be rid of.
+# The definition above can be typed in as it stands. The function below is right, and it is what your layer has to agree with;
+# but it builds $BA$, a matrix as large as $W$, which is just what we want to be rid of.
 
 
 # %%
@@ -107,14 +108,14 @@ def lora_by_definition(
 # `LoRALinear` takes the place of an `nn.Linear`, which it keeps as `base`. Three things decide whether it works:
 #
 # - **The order of the products.** $(BA)x$ and $B(Ax)$ are the same numbers, but the second never builds a large matrix.
-# - **The start.** $B$ starts at zero, so $BA = 0$ and training begins from the model as it was. $A$ starts at random: were both zero, neither would get
-#   a gradient, because the gradient of each is multiplied by the other. Use
+# - **The start.** $B$ starts at zero, so $BA = 0$ and training begins from the model as it was. $A$ starts at random: were both
+#   zero, neither would get a gradient, because the gradient of each is multiplied by the other. Use
 #   `nn.init.kaiming_uniform_(..., a=math.sqrt(5))`, as `nn.Linear` itself does and peft does.
-# - **The scale** $\alpha / r$, a plain number, says how much the update counts. Many set $\alpha = 2r$, as we do below, so that the
-#   scale is 2 at every rank. Section 6 measures what that does when ranks are compared.
+# - **The scale** $\alpha / r$, a plain number, says how much the update counts. Many set $\alpha = 2r$, as we do below, so that
+#   the scale is 2 at every rank. Section 6 measures what that does when ranks are compared.
 #
-# Create both factors on the base's device and in its dtype. When `self.merged` is true (exercise 4), the base already holds
-# the update, so `forward` returns the base's output alone.
+# Create both factors on the base's device and in its dtype. When `self.merged` is true (exercise 4), the base already holds the
+# update, so `forward` returns the base's output alone.
 #
 # <details><summary>RuntimeError: mat1 and mat2 shapes cannot be multiplied</summary>
 #
@@ -132,8 +133,8 @@ def lora_by_definition(
 # </details>
 # <details><summary>The memory check says that forward saves too much</summary>
 #
-# Besides `x` and the weights, only `x @ A.T` needs to be kept, `rank` numbers a token. Look at which tensors your products make on
-# the way, for each that takes part in a product is kept until backward: a matrix of the weight's size, a copy of `x` (also a
+# Besides `x` and the weights, only `x @ A.T` needs to be kept, `rank` numbers a token. Look at which tensors your products make
+# on the way, for each that takes part in a product is kept until backward: a matrix of the weight's size, a copy of `x` (also a
 # *scaled* one: Python reads `s * x @ A.T` from the left), a scale expanded to the output's shape.
 # </details>
 
@@ -171,8 +172,8 @@ class LoRALinear(nn.Module):
 
 
 # %% [markdown]
-# The first check gives your layer random factors and compares its output, and the gradients of `x`, `lora_A` and `lora_B`,
-# with the definition. *2 points.*
+# The first check gives your layer random factors and compares its output, and the gradients of `x`, `lora_A` and `lora_B`, with
+# the definition. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-lora-forward", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_lora_forward(LoRALinear)
@@ -184,10 +185,9 @@ check_lora_forward(LoRALinear)
 check_lora_start(LoRALinear)
 
 # %% [markdown]
-# The third *measures*. It takes a training step with a small layer and counts the bytes of every gradient, of the optimizer's state and of all that
-# forward keeps for backward. The last need be no more than `rank` numbers a token besides `x`. Then it takes one with a base of 64
-# MiB and watches by how much the process
-# grows. *2 points.*
+# The third *measures*. It takes a training step with a small layer and counts the bytes of every gradient, of the optimizer's
+# state and of all that forward keeps for backward. The last need be no more than `rank` numbers a token besides `x`. Then it
+# takes one with a base of 64 MiB and watches by how much the process grows. *2 points.*
 
 # %% nbgrader={"grade": true, "grade_id": "check-lora-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
 check_lora_memory(LoRALinear)
@@ -203,8 +203,8 @@ check_lora_memory(LoRALinear)
 # 3. returns the list of the full names of what it replaced, and raises a `ValueError` if nothing at all matched: a training run
 #    that trains nothing is an expensive way to find a typo.
 #
-# Why does the order of 1 and 2 matter? And what would `endswith` do to a layer called `aux_q_proj`? (peft takes a *string* for a
-# regular expression and a *list* for such names; that the two differ has confused people: peft issue 1206.)
+# Why does the order of 1 and 2 matter? And what would `endswith` do to a layer called `aux_q_proj`? (peft takes a *string* for
+# a regular expression and a *list* for such names; that the two differ has confused people: peft issue 1206.)
 #
 # <details><summary>How do I replace a module whose name has dots in it?</summary>
 #
@@ -289,8 +289,8 @@ print("largest difference of any logit:", (after - before).abs().max().item())
 # ## 3. Measured: which memory does LoRA save?
 #
 # A training step holds five kinds of bytes: the weights, their gradients, the optimizer's state (AdamW keeps two numbers for
-# each trained one), the *activations* that forward leaves for backward, and whatever is needed for a moment. Which of them
-# will be much smaller with LoRA? Which will not?
+# each trained one), the *activations* that forward leaves for backward, and whatever is needed for a moment. Which of them will
+# be much smaller with LoRA? Which will not?
 
 # %%
 i_think_smaller = []  # of "parameters", "gradients", "optimizer_state", "activations"
@@ -326,16 +326,16 @@ figure = plots.memory_bars(
 plots.show(figure, alt="Stacked bars: LoRA has no visible gradients or optimizer state; its activations are almost as large.")
 
 # %% [markdown]
-# *What to see.* Gradients and optimizer state have almost disappeared, because only the trained parameters have them. The weights are
-# the same: LoRA does not shrink the model (that is unit 10's business). And the activations have shrunk only a little. The black
-# line is the peak, the most that was needed at any one moment. For full fine-tuning it lies left of the bar's end: backward frees
-# activations as it makes gradients, so the two are never there in full at the same time.
+# *What to see.* Gradients and optimizer state have almost disappeared, because only the trained parameters have them. The
+# weights are the same: LoRA does not shrink the model (that is unit 10's business). And the activations have shrunk only a
+# little. The black line is the peak, the most that was needed at any one moment. For full fine-tuning it lies left of the bar's
+# end: backward frees activations as it makes gradients, so the two are never there in full at the same time.
 #
 # Why so little? Backward needs, for every *trained* weight, that layer's input; those of frozen weights can be dropped. But to
-# reach the first LoRA layer the gradient has to pass through every layer above it, and each nonlinearity, norm and
-# attention on the way needs what it saw. And $A$ needs the layer's input too, just as $W$ did. On long sequences activations
-# are most of the bill, so that LoRA saves next to nothing there, which surprises people (peft issues 1514 and 2196). The remedy is
-# gradient checkpointing, in unit 10.
+# reach the first LoRA layer the gradient has to pass through every layer above it, and each nonlinearity, norm and attention on
+# the way needs what it saw. And $A$ needs the layer's input too, just as $W$ did. On long sequences activations are most of the
+# bill, so that LoRA saves next to nothing there, which surprises people (peft issues 1514 and 2196). The remedy is gradient
+# checkpointing, in unit 10.
 #
 # Are these figures the same on a GPU? Not quite. Here is the same step as it was measured there, beside the CPU's:
 
@@ -351,11 +351,11 @@ for here, cpu in comparison.twins(gpu.rows(UNIT), cpu_rows):
 print(step_table(steps))
 
 # %% [markdown]
-# *What to see.* Weights, gradients and optimizer state agree, but for the 4 bytes a tensor in which AdamW counts its steps: on a GPU these stay in the CPU's memory.
-# Activations are larger on the GPU. PyTorch 2.11 has no fast attention kernel there for fp32 and grouped queries, and attention that is written out
-# keeps its scores. The peak of full
-# fine-tuning is larger as well: on a GPU AdamW updates all parameters at once, for which it needs a temporary copy of everything that is trained. A simulation that
-# is told both gives the GPU's figures to the byte:
+# *What to see.* Weights, gradients and optimizer state agree, but for the 4 bytes a tensor in which AdamW counts its steps: on
+# a GPU these stay in the CPU's memory. Activations are larger on the GPU. PyTorch 2.11 has no fast attention kernel there for
+# fp32 and grouped queries, and attention that is written out keeps its scores. The peak of full fine-tuning is larger as well:
+# on a GPU AdamW updates all parameters at once, for which it needs a temporary copy of everything that is trained. A simulation
+# that is told both gives the GPU's figures to the byte:
 
 # %%
 for name, found in gpu.proofs("bytes against the simulation").items():
@@ -367,10 +367,11 @@ for name, found in gpu.proofs("bytes against the simulation").items():
 # ## 4. Merge and unmerge  ·  2 points, about 15 minutes
 #
 # A LoRA layer does three products where the base did one. After training there is no need for that: add the update to the
-# weight once, $W \leftarrow W + \frac{\alpha}{r} BA$, and the layer is as fast as it ever was. Subtract it again, and the base is
-# free for another task, up to rounding, which the cell after the check measures.
+# weight once, $W \leftarrow W + \frac{\alpha}{r} BA$, and the layer is as fast as it ever was. Subtract it again, and the base
+# is free for another task, up to rounding, which the cell after the check measures.
 #
-# Both functions change `layer.base.weight` **in place**, keep `layer.merged` up to date, and do nothing if there is nothing to do.
+# Both functions change `layer.base.weight` **in place**, keep `layer.merged` up to date, and do nothing if there is nothing to
+# do.
 #
 # <details><summary>An error about a leaf Variable, or a non-leaf Tensor</summary>
 #
@@ -407,9 +408,10 @@ def unmerge(layer: LoRALinear) -> None:
 check_merge(merge, unmerge)
 
 # %% [markdown]
-# Merging is exact on paper. In floating point the product, the scaling and the sum are all rounded in the weights' dtype. The next cell gives
-# a tiny model a random adapter, in fp32 and in bf16, whose eps, the distance from 1 to the next number, is 65,536 times as large. It compares
-# logits with those of the same weights in fp64: before merging, after it, and if one merges in fp32 and rounds once.
+# Merging is exact on paper. In floating point the product, the scaling and the sum are all rounded in the weights' dtype. The
+# next cell gives a tiny model a random adapter, in fp32 and in bf16, whose eps, the distance from 1 to the next number, is
+# 65,536 times as large. It compares logits with those of the same weights in fp64: before merging, after it, and if one merges
+# in fp32 and rounds once.
 
 # %%
 from copy import deepcopy
@@ -446,19 +448,20 @@ for dtype in (torch.float32, torch.bfloat16):
     print(f"   merged and unmerged again: {differing / sum(base.numel() for base in bases):.1%} of the weights differ")
 
 # %% [markdown]
-# *What to see.* In fp32 nobody will notice. In bf16 the merged model is off by as much as the unmerged one, no more. So the error is that of
-# bf16's forward pass, and merging in fp32 buys nothing here. But the two models are off in different places, so their outputs differ. People
-# have taken that for a bug: a loss of 2.118 before and 2.121 after, in peft issue 1388. And the base does not come back: in either dtype a
-# third of its weights differ in their last bits. Keep a copy, if you need the base to the bit.
+# *What to see.* In fp32 nobody will notice. In bf16 the merged model is off by as much as the unmerged one, no more. So the
+# error is that of bf16's forward pass, and merging in fp32 buys nothing here. But the two models are off in different places,
+# so their outputs differ. People have taken that for a bug: a loss of 2.118 before and 2.121 after, in peft issue 1388. And the
+# base does not come back: in either dtype a third of its weights differ in their last bits. Keep a copy, if you need the base
+# to the bit.
 
 # %% [markdown]
 # ## 5. The adapter file  ·  2 points, about 15 minutes
 #
 # What was learned is $A$ and $B$, and nothing else needs to be saved. `save_adapter` writes the factors of every layer to a
-# [safetensors](https://huggingface.co/docs/safetensors) file, under their full names (`model.layers.0.self_attn.q_proj.lora_A`);
-# `load_adapter` copies them into a model that has LoRA layers already, in place, because an optimizer may hold these very
-# parameters, and in their dtype. If the names in the file are not exactly the model's, none missing and none too many, it raises a
-# `ValueError` before it changes anything.
+# [safetensors](https://huggingface.co/docs/safetensors) file, under their full names
+# (`model.layers.0.self_attn.q_proj.lora_A`); `load_adapter` copies them into a model that has LoRA layers already, in place,
+# because an optimizer may hold these very parameters, and in their dtype. If the names in the file are not exactly the model's,
+# none missing and none too many, it raises a `ValueError` before it changes anything.
 #
 # <details><summary>The file is tiny</summary>
 #
@@ -519,8 +522,8 @@ for row in (row for row in shipped if row.settings["steps"] >= 40):
     )
 
 # %% [markdown]
-# The first task is to judge film reviews: after `Review: ...` and `This movie is`, does the
-# model find ` good` or ` bad` more likely? Untrained it is right in about seven of ten cases.
+# The first task is to judge film reviews: after `Review: ...` and `This movie is`, does the model find ` good` or ` bad` more
+# likely? Untrained it is right in about seven of ten cases.
 
 # %% tags=["experiment"]
 for example in reviews.test.select(range(3)):
@@ -570,13 +573,14 @@ plots.show(
 # %% [markdown]
 # *What to see.* With 480 test reviews, one standard error is about 1.4 points: the two methods are as good as each other here.
 # The file is what differs, and the memory. *Forgetting* is by how much the loss on newspaper sentences has risen, in nats per
-# token. Fine-tuning on two words costs some of what the model knew, and in our rows LoRA forgot four times as much as full fine-tuning: +0.31
-# against +0.07. (Biderman et al. 2024 find that LoRA forgets *less*, on far longer runs.)
+# token. Fine-tuning on two words costs some of what the model knew, and in our rows LoRA forgot four times as much as full
+# fine-tuning: +0.31 against +0.07. (Biderman et al. 2024 find that LoRA forgets *less*, on far longer runs.)
 
 # %% [markdown]
 # ### A second task for the same base
 #
-# `tool_calls` asks for JSON: a task that the untrained model never gets right. Start again from the base, train another adapter.
+# `tool_calls` asks for JSON: a task that the untrained model never gets right. Start again from the base, train another
+# adapter.
 
 # %% tags=["experiment"]
 print(calls.test[0]["prompt"], calls.test[0]["answer"])
@@ -614,8 +618,8 @@ for adapter in ("calls.safetensors", "reviews.safetensors", "calls.safetensors")
 # %% [markdown]
 # ### How much rank does it take?
 #
-# Here is the usual experiment. Five ranks get the same 20 steps on `tool_calls`, with the same learning rate and $\alpha = 2r$. (These rows come with
-# the course. The *late loss* is the mean of the last ten steps, in nats per label.)
+# Here is the usual experiment. Five ranks get the same 20 steps on `tool_calls`, with the same learning rate and $\alpha = 2r$.
+# (These rows come with the course. The *late loss* is the mean of the last ten steps, in nats per label.)
 
 # %%
 ranks = (1, 2, 4, 8, 16)
@@ -625,8 +629,8 @@ for rank in ranks:
     print(f"rank {rank:>2}, alpha {2 * rank:>2}: late loss {comparison.late_loss(row):.3f}, {row.score_after:5.1%} right")
 
 # %% [markdown]
-# The higher the rank, the better it has learned. But two things change from line to line: the rank, and $\alpha$. Which of them is it? Take the
-# two ends of the table, and exchange their $\alpha$. Predict the late losses.
+# The higher the rank, the better it has learned. But two things change from line to line: the rank, and $\alpha$. Which of them
+# is it? Take the two ends of the table, and exchange their $\alpha$. Predict the late losses.
 
 # %%
 my_late_loss = {"rank 1, alpha 32": None, "rank 16, alpha 2": None}  # between 0.410 and 0.103, the losses of the two ends?
@@ -669,11 +673,13 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* With $\alpha = 2$ ranks 1 and 16 end at 0.410 and 0.411, with $\alpha = 32$ at 0.117 and 0.103. Sixteen times as many trained numbers
-# bring next to nothing here, and sixteen times $\alpha$ brings nearly all. So the usual table does not measure rank. It measures the size of the step.
-# (One seed each; with 200 test requests one standard error of a score is up to 3.5 points.)
+# *What to see.* With $\alpha = 2$ ranks 1 and 16 end at 0.410 and 0.411, with $\alpha = 32$ at 0.117 and 0.103. Sixteen times
+# as many trained numbers bring next to nothing here, and sixteen times $\alpha$ brings nearly all. So the usual table does not
+# measure rank. It measures the size of the step. (One seed each; with 200 test requests one standard error of a score is up to
+# 3.5 points.)
 #
-# Why does $\alpha = 2r$ enlarge the step? Watch a single layer take its first step of AdamW, and measure by how much that step lowers the loss:
+# Why does $\alpha = 2r$ enlarge the step? Watch a single layer take its first step of AdamW, and measure by how much that step
+# lowers the loss:
 
 # %%
 x, target = torch.randn(512, 64), torch.randn(512, 64)
@@ -691,19 +697,21 @@ for rank in ranks:
     print(f"{rank:>4}{falls[0]:>38.5f}{falls[1]:>17.5f}")
 
 # %% [markdown]
-# *What to see.* With $\alpha = 2r$ a step of twice the rank goes about twice as far. Each column of $B$ makes a step of its own, all of them
-# in directions that lower the loss, and the scale of 2 adds them up. With $\alpha$ fixed the scale $\alpha / r$ takes their mean instead.
+# *What to see.* With $\alpha = 2r$ a step of twice the rank goes about twice as far. Each column of $B$ makes a step of its
+# own, all of them in directions that lower the loss, and the scale of 2 adds them up. With $\alpha$ fixed the scale $\alpha /
+# r$ takes their mean instead.
 #
-# A comparison of ranks has to say which of the two is held fixed, or tune each rank's learning rate. Hu et al. (table 6) find rank 1 nearly
-# as good as 64 on their tasks. Schulman et al. (2025) fix $\alpha$ at 32. They find a best learning rate that hardly depends on the rank, and
-# that rank matters once there is more to learn than the factors can hold: 20 steps of eight requests are not that much.
+# A comparison of ranks has to say which of the two is held fixed, or tune each rank's learning rate. Hu et al. (table 6) find
+# rank 1 nearly as good as 64 on their tasks. Schulman et al. (2025) fix $\alpha$ at 32. They find a best learning rate that
+# hardly depends on the rank, and that rank matters once there is more to learn than the factors can hold: 20 steps of eight
+# requests are not that much.
 
 # %% [markdown]
 # ## 7. The same thing in peft
 #
 # Is what you built *LoRA*, or something like it? Hold it against the library. Below, a small LLaMA exists twice with the same
-# weights: as `transformers` model with peft's LoRA, and as our `Llama` with yours. Both start from peft's random $A$ and take 20
-# AdamW steps on the same tokens. Their losses must agree; only rounding may differ.
+# weights: as `transformers` model with peft's LoRA, and as our `Llama` with yours. Both start from peft's random $A$ and take
+# 20 AdamW steps on the same tokens. Their losses must agree; only rounding may differ.
 
 # %% tags=["experiment"]
 from peft import LoraConfig, get_peft_model
@@ -774,7 +782,8 @@ print("SmolLM2:  ", PRESETS["SmolLM2-135M"].tie_word_embeddings)
 # What else uses the tensor `head.base.weight`? Compare it with `model.model.embed_tokens.weight`, with `is`.
 # </details>
 #
-# (To save the merged model, its configuration must then say `tie_word_embeddings=False` too, or loading will tie the two again.)
+# (To save the merged model, its configuration must then say `tie_word_embeddings=False` too, or loading will tie the two
+# again.)
 
 
 # %% nbgrader={"grade": false, "grade_id": "merge-into-head", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -796,48 +805,47 @@ check_merge_into_head(merge_into_head)
 # %% [markdown]
 # ## 9. In your own words  ·  2 points, marked by hand
 #
-# A colleague has one GPU with 24 GB. She reads that LoRA "cuts memory threefold" (Hu et al. report 1.2 TB → 350 GB for GPT-3), and takes a model whose
-# weights fill 14 GB in 16 bits. She trains it on documents of 8,000 tokens with LoRA of rank 8, and runs out of memory in the first step. She halves
-# the rank, and nothing changes.
+# A colleague has one GPU with 24 GB. She reads that LoRA "cuts memory threefold" (Hu et al. report 1.2 TB → 350 GB for GPT-3),
+# and takes a model whose weights fill 14 GB in 16 bits. She trains it on documents of 8,000 tokens with LoRA of rank 8, and
+# runs out of memory in the first step. She halves the rank, and nothing changes.
 #
-# In about 120 words: which bytes did LoRA save her, and which does she still pay for? Why did halving the rank not help? What would
-# you change, and what does that cost? Refer to at least one number that you measured in section 3.
+# In about 120 words: which bytes did LoRA save her, and which does she still pay for? Why did halving the rank not help? What
+# would you change, and what does that cost? Refer to at least one number that you measured in section 3.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
 # **Rubric.** *1 point: where the bytes are.* Gradients and optimizer state are gone (they exist only for what is trained);
-# weights (14 GB) and activations, which grow with the sequence, remain; halving the rank halves what was under one percent.
-# A measured figure from section 3 is quoted, with its unit. *1 point: what to do.* Gradient checkpointing (about one more
-# forward pass in time), shorter sequences or a smaller batch with accumulation (more steps), or 4-bit weights as in QLoRA (slower
+# weights (14 GB) and activations, which grow with the sequence, remain; halving the rank halves what was under one percent. A
+# measured figure from section 3 is quoted, with its unit. *1 point: what to do.* Gradient checkpointing (about one more forward
+# pass in time), shorter sequences or a smaller batch with accumulation (more steps), or 4-bit weights as in QLoRA (slower
 # steps); at least one, with its cost. Half points for either part without a reason or without a cost.
 #
-# **A full answer.** LoRA saved the gradients and AdamW's two moments: in my measurement these went from 1,539 MiB to under 30 MiB. It saved
-# nothing on the weights, and hardly anything on activations (look at the two green bars), which grow with her 8,000 tokens. The
-# factors were under 1% of the model at rank 8, so half of that is noise. I would turn on gradient checkpointing: only each layer's
-# input is kept, and the rest is computed again in backward, for roughly a third more time a step. If the weights are then too
-# large, quantize them to 4 bits.
+# **A full answer.** LoRA saved the gradients and AdamW's two moments: in my measurement these went from 1,539 MiB to under 30
+# MiB. It saved nothing on the weights, and hardly anything on activations (look at the two green bars), which grow with her
+# 8,000 tokens. The factors were under 1% of the model at rank 8, so half of that is noise. I would turn on gradient
+# checkpointing: only each layer's input is kept, and the rest is computed again in backward, for roughly a third more time a
+# step. If the weights are then too large, quantize them to 4 bits.
 #
-# **An answer worth one point.** LoRA only trains a few parameters, so there are no gradients and no optimizer state for the others.
-# The activations are still there and they are large because the documents are long. She should use shorter documents.
+# **An answer worth one point.** LoRA only trains a few parameters, so there are no gradients and no optimizer state for the
+# others. The activations are still there and they are large because the documents are long. She should use shorter documents.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A LoRA that equals peft's to rounding, in some thirty lines; its memory, measured; two tasks on one base. Unit 10 puts the same
-# layer on a base of 4-bit weights.
+# A LoRA that equals peft's to rounding, in some thirty lines; its memory, measured; two tasks on one base. Unit 10 puts the
+# same layer on a base of 4-bit weights.
 #
 # ## Sources
 #
-# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685: section 4.1 is the layer, section 4.2 the
-#   memory, table 6 the ranks.
-# - Schulman and Thinking Machines Lab (2025), *LoRA Without Regret*: all linear layers rather than attention alone, a learning rate about
-#   ten times that of full fine-tuning, nearly independent of the rank.
+# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685: section 4.1 is the layer, section
+#   4.2 the memory, table 6 the ranks.
+# - Schulman and Thinking Machines Lab (2025), *LoRA Without Regret*: all linear layers rather than attention alone, a learning
+#   rate about ten times that of full fine-tuning, nearly independent of the rank.
 # - Biderman et al. (2024), *LoRA Learns Less and Forgets Less*, arXiv 2405.09673.
-# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025), *SmolLM2*,
-#   arXiv 2502.02737.
-# - peft issues [286](https://github.com/huggingface/peft/issues/286),
-#   [1206](https://github.com/huggingface/peft/issues/1206), [1388](https://github.com/huggingface/peft/issues/1388),
-#   [1514](https://github.com/huggingface/peft/issues/1514), [2018](https://github.com/huggingface/peft/issues/2018),
-# [2196](https://github.com/huggingface/peft/issues/2196),
+# - The text of `movie_reviews`: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005). The model: Allal et al. (2025),
+#   *SmolLM2*, arXiv 2502.02737.
+# - peft issues [286](https://github.com/huggingface/peft/issues/286), [1206](https://github.com/huggingface/peft/issues/1206),
+#   [1388](https://github.com/huggingface/peft/issues/1388), [1514](https://github.com/huggingface/peft/issues/1514),
+#   [2018](https://github.com/huggingface/peft/issues/2018), [2196](https://github.com/huggingface/peft/issues/2196),
 #   [2864](https://github.com/huggingface/peft/issues/2864).

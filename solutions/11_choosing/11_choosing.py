@@ -13,8 +13,9 @@
 # |---|---|---|---|
 # | 110, and six of measuring on two CPU cores | 3 of 5 | 20 | 01_why_peft and 08_lora; better all the others, too |
 #
-# "Which method should I take?" Overviews answer with a table of adjectives and five lines of advice. In this unit you put eight methods side by side, on the
-# same two tasks, tuned, with three seeds. You find out how much such rows can tell. Then you write the advice down as a program, which gives its reasons and can say no.
+# "Which method should I take?" Overviews answer with a table of adjectives and five lines of advice. In this unit you put eight
+# methods side by side, on the same two tasks, tuned, with three seeds. You find out how much such rows can tell. Then you write
+# the advice down as a program, which gives its reasons and can say no.
 #
 # **When you have finished, you can**
 #
@@ -62,7 +63,8 @@ CARD_GB = 2**30  # as graphics cards are sold: seven percent more
 # %% [markdown]
 # ## The claim
 #
-# This is the overview that the course started from. Its second column has numbers, the others have words. It has no row for layer freezing, which we add.
+# This is the overview that the course started from. Its second column has numbers, the others have words. It has no row for
+# layer freezing, which we add.
 
 # %%
 CLAIMED = {  # share trained from, to; memory, quality, speed
@@ -79,11 +81,12 @@ for method, (low, high, *words) in CLAIMED.items():
     print(f"{method:<15}{low:>8.2%} to {high:<9.2%}" + "".join(f"{word:<15}" for word in words))
 
 # %% [markdown]
-# And its advice, in five lines: *limited GPU memory*: QLoRA. *Best quality*: LoRA with rank 16 to 64, or full fine-tuning. *Several tasks*:
-# adapters or LoRA. *Minimal changes*: BitFit or prompt tuning. *API-only access*: prompt tuning.
+# And its advice, in five lines: *limited GPU memory*: QLoRA. *Best quality*: LoRA with rank 16 to 64, or full fine-tuning.
+# *Several tasks*: adapters or LoRA. *Minimal changes*: BitFit or prompt tuning. *API-only access*: prompt tuning.
 #
-# **Predict.** "Low" memory is LoRA's, "Minimal" is prompt tuning's. How many times as many bytes does a training step of LLaMA-7B take with LoRA? And the words for
-# quality put 19 pairs of methods in an order. How many of these pairs will our rows confirm, on a task with 480 test rows? Section 8 has the answers.
+# **Predict.** "Low" memory is LoRA's, "Minimal" is prompt tuning's. How many times as many bytes does a training step of
+# LLaMA-7B take with LoRA? And the words for quality put 19 pairs of methods in an order. How many of these pairs will our rows
+# confirm, on a task with 480 test rows? Section 8 has the answers.
 
 # %%
 my_low_over_minimal, my_confirmed_pairs = None, None  # a factor, and a number from 0 to 19
@@ -91,15 +94,16 @@ my_low_over_minimal, my_confirmed_pairs = None, None  # a factor, and a number f
 # %% [markdown]
 # ## 1. Whose rows?  ·  2 points, about 10 minutes
 #
-# Every experiment of this course has left a row: yours in the `results` folders beside the notebooks, ours in the course. One table may hold only rows of
-# one kind, and one lonely row of yours should not replace a sweep of ours. Write `merge_rows`:
+# Every experiment of this course has left a row: yours in the `results` folders beside the notebooks, ours in the course. One
+# table may hold only rows of one kind, and one lonely row of yours should not replace a sweep of ours. Write `merge_rows`:
 #
-# 1. A row **counts** if it is no short run (`row.short`), is a method's standard form (`row.settings.get("variant", "")` is empty), and belongs to
-#    a task in `standard`. Each setting that `standard[row.task]` names *and the row has* must equal the standard one. A LoRA of rank 16 is
-#    another experiment than one of rank 8. Full fine-tuning has no rank, and may stay.
-# 2. A **run** is a learning rate and a seed. A **set** holds one person's runs (yours or ours) of one task and method on one machine, whose name is `machine(row)`. If a run was repeated
-#    there, the last row given stands for it.
-# 3. For each (task, method), take the **largest set**: the one with the most runs. Of equals take yours before ours, and of those the one that comes first.
+# 1. A row **counts** if it is no short run (`row.short`), is a method's standard form (`row.settings.get("variant", "")` is
+#    empty), and belongs to a task in `standard`. Each setting that `standard[row.task]` names *and the row has* must equal the
+#    standard one. A LoRA of rank 16 is another experiment than one of rank 8. Full fine-tuning has no rank, and may stay.
+# 2. A **run** is a learning rate and a seed. A **set** holds one person's runs (yours or ours) of one task and method on one
+#    machine, whose name is `machine(row)`. If a run was repeated there, the last row given stands for it.
+# 3. For each (task, method), take the **largest set**: the one with the most runs. Of equals take yours before ours, and of
+#    those the one that comes first.
 #
 # Return a dict from `(task, method)` to the rows of that set. Where nothing counts, there is no key.
 #
@@ -172,13 +176,15 @@ print("\nOn a GPU\n")
 print(comparison.twin_table(comparison.twins(gpu.rows(), shipped)))
 
 # %% [markdown]
-# *What to see.* The number of trained parameters is the same, and the scores are within two points. The peaks are a few percent larger, but not QLoRA's,
-# which computed in bf16 on that card. The seconds cannot be compared: other notebooks ran there at the same time.
+# *What to see.* The number of trained parameters is the same, and the scores are within two points. The peaks are a few percent
+# larger, but not QLoRA's, which computed in bf16 on that card. The seconds cannot be compared: other notebooks ran there at the
+# same time.
 #
 # ## 2. Can they be told apart?  ·  3 points, about 15 minutes
 #
-# A method's rows on a task are a sweep: one run for each learning rate, and two more seeds at the best. The table takes the rate with the lowest late
-# loss, as `chosen_rate` finds it. *Forgetting* is by how much the loss on newspaper sentences rose, in nats a token.
+# A method's rows on a task are a sweep: one run for each learning rate, and two more seeds at the best. The table takes the
+# rate with the lowest late loss, as `chosen_rate` finds it. *Forgetting* is by how much the loss on newspaper sentences rose,
+# in nats a token.
 
 # %%
 sets = {(task, method): sets[task, method] for task in STANDARD for method in METHODS if (task, method) in sets}
@@ -195,15 +201,17 @@ for (task, method), rows in sets.items():
             print(f"{task}, {method}, at a rate of {rate:g} instead: {', '.join(f'{score:.1%}' for score in scores)}")
 
 # %% [markdown]
-# *What to see.* On reviews one seed of LoRA at the rate of 0.003 ends at 61%, the other two above 90%. A single lucky seed can choose a rate.
+# *What to see.* On reviews one seed of LoRA at the rate of 0.003 ends at 61%, the other two above 90%. A single lucky seed can
+# choose a rate.
 #
-# On tool calls LoRA's mean is above full fine-tuning's, with every seed. Is LoRA better? Write `compare`, which says so only if two kinds of
-# chance cannot explain the difference:
+# On tool calls LoRA's mean is above full fine-tuning's, with every seed. Is LoRA better? Write `compare`, which says so only if
+# two kinds of chance cannot explain the difference:
 #
-# - **The seed.** It decides in which order a run sees its rows, with every method alike. So compare runs *with the same seed*, at each method's `chosen_rate`. With $n$ seeds that both
-#   have there, and differences $d_i$ (the first method's score minus the second's), the mean $\bar d$ has the standard error $\operatorname{stdev}(d) / \sqrt{n}$.
-# - **The test rows.** All runs are scored on the same `test_rows` rows, and others would give other scores. With each method's mean score $p$ over these seeds, this part is
-#   $\sqrt{(p_1 (1 - p_1) + p_2 (1 - p_2)) / \text{test rows}}$.
+# - **The seed.** It decides in which order a run sees its rows, with every method alike. So compare runs *with the same seed*,
+#   at each method's `chosen_rate`. With $n$ seeds that both have there, and differences $d_i$ (the first method's score minus
+#   the second's), the mean $\bar d$ has the standard error $\operatorname{stdev}(d) / \sqrt{n}$.
+# - **The test rows.** All runs are scored on the same `test_rows` rows, and others would give other scores. With each method's
+#   mean score $p$ over these seeds, this part is $\sqrt{(p_1 (1 - p_1) + p_2 (1 - p_2)) / \text{test rows}}$.
 #
 # Take the two as independent: the square of the whole error is the sum of their squares. Return a dict:
 #
@@ -263,8 +271,8 @@ def compare(first: Sequence[Row], second: Sequence[Row], test_rows: int) -> dict
 check_compare(compare)
 
 # %% [markdown]
-# An example, with two made-up methods of two seeds each, and then every method against full fine-tuning. The last column is the number of test rows that it
-# would take to tell such a difference, even if all seeds agreed.
+# An example, with two made-up methods of two seeds each, and then every method against full fine-tuning. The last column is the
+# number of test rows that it would take to tell such a difference, even if all seeds agreed.
 
 # %%
 TEST_ROWS = {"movie_reviews": 480, "tool_calls": 200}
@@ -299,24 +307,27 @@ for task in STANDARD:
         print(f"{method:<15}" + "".join(f"{ {'first': '+', 'second': '-'}.get(said, '?'):>3}" for said in verdicts))
 
 # %% [markdown]
-# *What to see.* On reviews 4 of 28 pairs can be told apart, each with prefix tuning in it. On tool calls there are 14, most of them with prompt tuning or layer freezing. LoRA's three seeds
-# agree, but 200 test rows are too few for two points, and further seeds would not mend that. If the rows held each single answer, one could pair the test rows, too. And two errors is a convention. With three seeds a stricter test would ask for more.
+# *What to see.* On reviews 4 of 28 pairs can be told apart, each with prefix tuning in it. On tool calls there are 14, most of
+# them with prompt tuning or layer freezing. LoRA's three seeds agree, but 200 test rows are too few for two points, and further
+# seeds would not mend that. If the rows held each single answer, one could pair the test rows, too. And two errors is a
+# convention. With three seeds a stricter test would ask for more.
 #
 # ## 3. What nobody beats  ·  2 points, about 10 minutes
 #
-# Some methods are beaten by another: they cost more and bring less. The others are the **Pareto front**. With noise, A is *clearly better* than B if
-# its score is higher by more than the larger of their two noises.
+# Some methods are beaten by another: they cost more and bring less. The others are the **Pareto front**. With noise, A is
+# *clearly better* than B if its score is higher by more than the larger of their two noises.
 #
-# Walk through the points from the cheapest to the dearest, at the same cost from the highest score down. A point joins the front unless
+# Walk through the points from the cheapest to the dearest, at the same cost from the highest score down. A point joins the
+# front unless
 #
 # - something **on the front** costs less, and the point is not clearly better than that; or
 # - something on the front costs the same and is clearly better.
 #
-# A point whose cost or score is NaN was not measured: it is not on the front and beats nothing. Two points of the same cost that are not clearly
-# apart may both be on it. The order of what you return does not matter.
+# A point whose cost or score is NaN was not measured: it is not on the front and beats nothing. Two points of the same cost
+# that are not clearly apart may both be on it. The order of what you return does not matter.
 #
-# Why compare with the front alone? B may be no clear gain over A, and C none over B, while C is clearly better
-# than A. If B, which is out, could throw C out, the front would lose a method that is worth its price.
+# Why compare with the front alone? B may be no clear gain over A, and C none over B, while C is clearly better than A. If B,
+# which is out, could throw C out, the front would lose a method that is worth its price.
 #
 # <details><summary>The check says that what is off the front still beats others</summary>
 #
@@ -349,8 +360,8 @@ def pareto_front(points: Mapping[str, tuple[float, float, float]]) -> list[str]:
 check_pareto_front(pareto_front)
 
 # %% [markdown]
-# Without noise, a point is on the front if no other is at least as good on
-# both axes and better on one. Written down over all pairs, that must give the same names.
+# Without noise, a point is on the front if no other is at least as good on both axes and better on one. Written down over all
+# pairs, that must give the same names.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -365,8 +376,8 @@ for _ in range(50):
 print("50 random sets of points, many ties: the same front as by the definition")
 
 # %% [markdown]
-# **Predict.** Which methods will be on the front of score against peak memory? And on that of score against trained parameters? As noise take two standard errors of
-# a method's mean score.
+# **Predict.** Which methods will be on the front of score against peak memory? And on that of score against trained parameters?
+# As noise take two standard errors of a method's mean score.
 
 # %%
 on_the_front_by_memory, on_the_front_by_parameters = None, None  # sets of names
@@ -399,14 +410,15 @@ for task in STANDARD:
     show_front(task, lambda *key: table[key].row.trainable_parameters, "trained parameters", on_the_front_by_parameters)
 
 # %% [markdown]
-# *What to see.* By memory the front is a single method: layer freezing on reviews, QLoRA on tool calls. It is the cheapest, and nothing dearer is *clearly* better. By trained parameters two or three
-# methods are left, and others. "Efficient" always asks: in what?
+# *What to see.* By memory the front is a single method: layer freezing on reviews, QLoRA on tool calls. It is the cheapest, and
+# nothing dearer is *clearly* better. By trained parameters two or three methods are left, and others. "Efficient" always asks:
+# in what?
 #
 # ## 4. All eight in a hundred lines
 #
-# For *your* model we need the methods on any `Llama`. Here they are, each
-# in its shortest form, with the tensors that your own version has. What they start with does not matter for bytes and seconds. LoRA and QLoRA come from
-# `peftlab.recipes`. You need not read these cells closely.
+# For *your* model we need the methods on any `Llama`. Here they are, each in its shortest form, with the tensors that your own
+# version has. What they start with does not matter for bytes and seconds. LoRA and QLoRA come from `peftlab.recipes`. You need
+# not read these cells closely.
 
 
 # %%
@@ -508,8 +520,8 @@ def adapters(model: Llama, bottleneck: int = 16) -> None:
 
 
 # %% [markdown]
-# On the device `meta` a model has shapes and no numbers. Count what is trained in the small model, in the sizes of our rows, and in LLaMA-7B, there
-# with rank 16. The small model's counts must be those of the rows.
+# On the device `meta` a model has shapes and no numbers. Count what is trained in the small model, in the sizes of our rows,
+# and in LLaMA-7B, there with rank 16. The small model's counts must be those of the rows.
 
 # %%
 PREPARE = {
@@ -580,11 +592,13 @@ for task in STANDARD:
         )
 
 # %% [markdown]
-# *What to see.* Where the whole model is not trained, gradients and optimizer state can hardly be seen, except layer freezing's. The weights stay. Activations are what
-# differs. On reviews prompt tuning trains 9,216 numbers and its peak, 1,130 MiB, is above LoRA's 1,084: its 16 tokens pass through every layer together with the text.
+# *What to see.* Where the whole model is not trained, gradients and optimizer state can hardly be seen, except layer
+# freezing's. The weights stay. Activations are what differs. On reviews prompt tuning trains 9,216 numbers and its peak, 1,130
+# MiB, is above LoRA's 1,084: its 16 tokens pass through every layer together with the text.
 #
-# Then LLaMA-7B in 16 bits, with fake tensors: batch 1, 512 tokens, rank 16. Gradients and Adam's moments are in bf16 here, as the trained weights are. All layers of a method are
-# alike, so two and three of them tell the rest. With layer freezing, what is *below* the trained layers adds its weights alone, so a line through five and six layers is exact.
+# Then LLaMA-7B in 16 bits, with fake tensors: batch 1, 512 tokens, rank 16. Gradients and Adam's moments are in bf16 here, as
+# the trained weights are. All layers of a method are alike, so two and three of them tell the rest. With layer freezing, what
+# is *below* the trained layers adds its weights alone, so a line through five and six layers is exact.
 
 
 # %%
@@ -616,19 +630,19 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* All methods that freeze the base in 16 bits pay for its weights, whatever they train beside it. Prompt tuning trains
-# sixteen rows of numbers and is hardly cheaper than LoRA: its gradient has to come down through every layer. Layer freezing keeps
-# activations for a few layers only, but four layers of this model are an eighth of it, with gradients and two moments of their own. QLoRA alone makes
-# the weights smaller.
+# *What to see.* All methods that freeze the base in 16 bits pay for its weights, whatever they train beside it. Prompt tuning
+# trains sixteen rows of numbers and is hardly cheaper than LoRA: its gradient has to come down through every layer. Layer
+# freezing keeps activations for a few layers only, but four layers of this model are an eighth of it, with gradients and two
+# moments of their own. QLoRA alone makes the weights smaller.
 #
 # ## 6. Fit a job to a GPU  ·  2 points, about 10 minutes
 #
-# A card of 24 GB, a model, a recipe: how large may the batch be? `peak(batch)` *measures* a training step, which takes a second or two, so
-# ask it seldom: at most $2 \log_2(\text{limit}) + 2$ times. The peak never falls when the batch grows. Write `largest_batch`: the largest batch of
-# at most `limit` sequences whose peak is at most `usable` bytes; 0 if not even one fits.
+# A card of 24 GB, a model, a recipe: how large may the batch be? `peak(batch)` *measures* a training step, which takes a second
+# or two, so ask it seldom: at most $2 \log_2(\text{limit}) + 2$ times. The peak never falls when the batch grows. Write
+# `largest_batch`: the largest batch of at most `limit` sequences whose peak is at most `usable` bytes; 0 if not even one fits.
 #
-# It is tempting to measure two batches and draw a line. Here are three for full fine-tuning of LLaMA-7B. They take more than section 5's 54 GB, because this
-# recipe keeps both moments in fp32.
+# It is tempting to measure two batches and draw a line. Here are three for full fine-tuning of LLaMA-7B. They take more than
+# section 5's 54 GB, because this recipe keeps both moments in fp32.
 
 # %% tags=["experiment"]
 FULL = RECIPES["bf16, fp32 moments"]
@@ -636,8 +650,8 @@ for batch in (1, 2, 16)[: 1 if settings.short() else 3]:
     print(f"{batch:>3} sequences of 512 tokens: peak {FULL.measure(PRESETS['LLaMA-7B'], batch_size=batch).peak / GB:.2f} GB")
 
 # %% [markdown]
-# A step's peak is the largest of several moments: in forward, in backward, in the optimizer's step. Each grows along a line of its own, or not at
-# all. While the largest one does not grow, two points say nothing of what comes.
+# A step's peak is the largest of several moments: in forward, in backward, in the optimizer's step. Each grows along a line of
+# its own, or not at all. While the largest one does not grow, two points say nothing of what comes.
 #
 # <details><summary>The check says that too many measurements are made</summary>
 #
@@ -673,8 +687,8 @@ def largest_batch(peak: Callable[[int], float], usable: float, limit: int) -> in
 check_largest_batch(largest_batch)
 
 # %% [markdown]
-# The driver and CUDA's own code take some of a card before the first tensor, and the allocator cannot use every gap. Hugging Face's
-# `accelerate` plans with nine tenths when it places a model, and so do we.
+# The driver and CUDA's own code take some of a card before the first tensor, and the allocator cannot use every gap. Hugging
+# Face's `accelerate` plans with nine tenths when it places a model, and so do we.
 
 # %%
 USABLE = 0.9
@@ -685,7 +699,8 @@ else:
     print("no GPU here; the cards below are taken at their makers' word")
 
 # %% [markdown]
-# **Predict.** LLaMA-7B with LoRA on 24 GB, sequences of 2,048 tokens, gradient checkpointing: how many fit? And Llama-2-70B with QLoRA on 40 GB?
+# **Predict.** LLaMA-7B with LoRA on 24 GB, sequences of 2,048 tokens, gradient checkpointing: how many fit? And Llama-2-70B
+# with QLoRA on 40 GB?
 
 # %%
 my_7b_on_24, my_70b_on_40 = None, None  # batches
@@ -708,12 +723,13 @@ for name in MODELS:
 print(f"your guesses: LLaMA-7B, LoRA, 24 GB: {my_7b_on_24}; Llama-2-70B, QLoRA, 40 GB: {my_70b_on_40}")
 
 # %% [markdown]
-# *What to see.* A dash is a job that does not fit at all. On the cards of 16, 24 and 80 GB QLoRA trains a larger model than LoRA does. On 40 GB
-# Llama-2-70B misses, with a single sequence.
+# *What to see.* A dash is a job that does not fit at all. On the cards of 16, 24 and 80 GB QLoRA trains a larger model than
+# LoRA does. On 40 GB Llama-2-70B misses, with a single sequence.
 #
 # ### What one more rank costs
 #
-# "LoRA, rank 16 to 64" says the overview. Here is the difference between the steps at two ranks, divided by the ranks between them.
+# "LoRA, rank 16 to 64" says the overview. Here is the difference between the steps at two ranks, divided by the ranks between
+# them.
 
 # %% tags=["experiment"]
 for low, high in ((1, 4), (4, 16)):
@@ -727,16 +743,16 @@ for low, high in ((1, 4), (4, 16)):
 print(f"for comparison: LLaMA-7B with LoRA peaks at {steps_7b['lora'].peak / 1e6:,.0f} MB")
 
 # %% [markdown]
-# *What to see.* A rank always costs the same, and next to the weights that is little. What it *brings* is another question: in unit 08 the usual experiment measured the size of
-# the step, not the rank. Hu et al. (2022, table 6) find for GPT-3 with $W_q$ and $W_v$ adapted
-# 73.4, 73.3, 73.7, 73.8 and 73.5 percent on WikiSQL at ranks 1, 2, 4, 8 and 64.
+# *What to see.* A rank always costs the same, and next to the weights that is little. What it *brings* is another question: in
+# unit 08 the usual experiment measured the size of the step, not the rank. Hu et al. (2022, table 6) find for GPT-3 with $W_q$
+# and $W_v$ adapted 73.4, 73.3, 73.7, 73.8 and 73.5 percent on WikiSQL at ranks 1, 2, 4, 8 and 64.
 #
 # ## 7. Speed, measured by turns  ·  optional, about 10 minutes
 #
-# *Run these cells in any case: sections 8 and 9 use their figures. Reading them is optional.* They take one training step of the real
-# SmolLM2-135M with each method, in turn. What counts is the median over the turns of the *ratio* to full fine-tuning in the same turn. QLoRA's base is
-# bitsandbytes' here, because the layer of `peftlab.recipes` computes nothing. The second column is a forward
-# pass of a single token, as when text is generated, against the plain model's. It takes two minutes.
+# *Run these cells in any case: sections 8 and 9 use their figures. Reading them is optional.* They take one training step of
+# the real SmolLM2-135M with each method, in turn. What counts is the median over the turns of the *ratio* to full fine-tuning
+# in the same turn. QLoRA's base is bitsandbytes' here, because the layer of `peftlab.recipes` computes nothing. The second
+# column is a forward pass of a single token, as when text is generated, against the plain model's. It takes two minutes.
 
 # %% tags=["experiment"]
 from peftlab import tasks
@@ -798,8 +814,8 @@ for _ in tqdm(range(1 if settings.short() else 3), desc="turns", leave=False):
     turns.append({method: speed_of(method, plain) for method in METHODS})
 step_ratio = {method: median(turn[method][0] / turn["full"][0] for turn in turns) for method in METHODS}
 token_ratio = {method: median(turn[method][1] for turn in turns) for method in METHODS}
-# Our Llama keeps no cache, and would read the soft prompt again for each token. With one, a soft prompt is what a prefix is: the
-# keys and values of 16 more tokens.
+# Measured without a cache, in which the soft prompt is read again for each token. With one, a soft prompt is what a prefix is:
+# the keys and values of 16 more tokens.
 token_ratio["prompt_tuning"] = token_ratio["prefix_tuning"]
 
 # %% tags=["experiment"]
@@ -814,9 +830,11 @@ latency_error = max(abs(token_ratio[method] - 1) for method in plain_models)
 print(f"two plain models differ from a third by up to {latency_error:.0%}: less than that is no latency")
 
 # %% [markdown]
-# *What to see.* A step of full fine-tuning does four things: forward; the gradient's way down; the products that make gradients of weights; and the
-# optimizer's pass over all weights and moments. Freezing saves most of the last two. Where the gradient's way is short, as in layer freezing, there is more to save. With 4-bit weights each
-# use begins with unpacking them (qlora issue 107). In the second column LoRA stands unmerged. QLoRA's figure there is bitsandbytes' *on this computer*: from a CPU it says nothing about a GPU.
+# *What to see.* A step of full fine-tuning does four things: forward; the gradient's way down; the products that make gradients
+# of weights; and the optimizer's pass over all weights and moments. Freezing saves most of the last two. Where the gradient's
+# way is short, as in layer freezing, there is more to save. With 4-bit weights each use begins with unpacking them (qlora issue
+# 107). In the second column LoRA stands unmerged. QLoRA's figure there is bitsandbytes' *on this computer*: from a CPU it says
+# nothing about a GPU.
 #
 # ## 8. The overview beside the measurements
 #
@@ -857,11 +875,12 @@ print(f"you said: {my_confirmed_pairs} confirmed, on movie_reviews")
 # %% [markdown]
 # *What to see.* The words contradict no quality that we can tell, and that is worth little: an adjective never says how much.
 #
-# - **Share.** LoRA's share of a square matrix of width $d$ is $2r/d$: it falls as models widen. And it is the size that you *choose*.
-# - **Memory.** "Low" and "Minimal" are a twentieth apart, though LoRA trains six hundred times as many numbers of LLaMA-7B. QLoRA is only "Very low", and takes less than half of
-#   "Minimal". What is minimal about prompt tuning is its *file*.
-# - **Quality.** Most of the order is neither confirmed nor refuted. What is clear is prompt tuning on tool calls, after 60 steps of a small model. Lester et al. (2021) find
-#   that it catches up at billions of parameters.
+# - **Share.** LoRA's share of a square matrix of width $d$ is $2r/d$: it falls as models widen. And it is the size that you
+#   *choose*.
+# - **Memory.** "Low" and "Minimal" are a twentieth apart, though LoRA trains six hundred times as many numbers of LLaMA-7B.
+#   QLoRA is only "Very low", and takes less than half of "Minimal". What is minimal about prompt tuning is its *file*.
+# - **Quality.** Most of the order is neither confirmed nor refuted. What is clear is prompt tuning on tool calls, after 60
+#   steps of a small model. Lester et al. (2021) find that it catches up at billions of parameters.
 #
 # The overview has no column for **forgetting**, though it is a cost, too. Does what trains less forget less?
 
@@ -871,14 +890,15 @@ for task in STANDARD:
     print(f"{task}: " + ", ".join(f"{method} {forgets:+.2f} (rate {rate:g})" for forgets, rate, method in sorted(lines)))
 
 # %% [markdown]
-# *What to see.* If it went by what is trained, full fine-tuning would stand last. Instead adapters on reviews and prefix tuning on tool calls lose about four nats a token. Biderman et al. (2024)
-# find for long training that LoRA forgets less. Our learning rates were chosen for the task alone.
+# *What to see.* If it went by what is trained, full fine-tuning would stand last. Instead adapters on reviews and prefix tuning
+# on tool calls lose about four nats a token. Biderman et al. (2024) find for long training that LoRA forgets less. Our learning
+# rates were chosen for the task alone.
 #
 # ## 9. The advice, as a program
 #
-# Five lines of advice cannot say what happens when two of them meet: little memory *and* forty tasks. A program has to, and
-# it can be tested. A **job** says what is there and what is demanded. An **option** is a method with its figures for one
-# model (`peftlab.jobs`):
+# Five lines of advice cannot say what happens when two of them meet: little memory *and* forty tasks. A program has to, and it
+# can be tested. A **job** says what is there and what is demanded. An **option** is a method with its figures for one model
+# (`peftlab.jobs`):
 #
 # | `Job` | | `Option` | |
 # |---|---|---|---|
@@ -889,8 +909,9 @@ for task in STANDARD:
 # | `latency` | most that may be added to a forward pass | `latency`, `mergeable` | added if not merged; whether it can be merged |
 # | `prefer`, `wish` | what to optimize; a method insisted on | `method` | its name |
 #
-# `ACCESS` is `("text", "embeddings", "weights")`, from least to most. The overview says: "API-only access: prompt tuning (no weight access needed)". That holds for an
-# API that takes *embeddings* and returns their *gradients*. Through one that takes text, nothing can be trained: a soft prompt is no text.
+# `ACCESS` is `("text", "embeddings", "weights")`, from least to most. The overview says: "API-only access: prompt tuning (no
+# weight access needed)". That holds for an API that takes *embeddings* and returns their *gradients*. Through one that takes
+# text, nothing can be trained: a soft prompt is no text.
 #
 # For the tests we replace the adjectives by numbers. The peaks are those of section 5, rounded. The rest is made up.
 
@@ -989,23 +1010,26 @@ check_broken_rules(broken_rules)
 # %% [markdown]
 # ### The recommendation  ·  3 points, about 15 minutes
 #
-# `recommend(job, options, broken_rules)` gets the rules as an argument, so that others can be tried. It works with any, and leaves `options` as they are.
+# `recommend(job, options, broken_rules)` gets the rules as an argument, so that others can be tried. It works with any, and
+# leaves `options` as they are.
 #
 # **If some options break no rule,** choose among them and return `Recommendation(method, rejected)`:
 #
 # - `prefer="memory"`: the smallest `peak_bytes`. `prefer="file"`: the smallest `task_bytes`.
-# - `prefer="quality"`: look at those whose quality is measured. Take the best and all that are *not clearly below* it, by no more than the larger
-#   of the two spreads. Of these take the smallest `peak_bytes`. If no quality is measured, take the smallest `peak_bytes` of all.
+# - `prefer="quality"`: look at those whose quality is measured. Take the best and all that are *not clearly below* it, by no
+#   more than the larger of the two spreads. Of these take the smallest `peak_bytes`. If no quality is measured, take the
+#   smallest `peak_bytes` of all.
 # - Of equals, the first given.
 #
-# **If none is left,** return `Refusal(rejected, nearest, given_up)`. Take back the demands that
-# the job made, one after the other and for good: first the wish (`None`), then latency (`math.inf`), then quality (`0.0`). As soon as something is
-# possible, choose as above: that is `nearest`. `given_up` holds the names of what was taken back, such as `("wish", "latency")`. If nothing is possible even then, `nearest` is `None`. This order is ours; another may give up less.
+# **If none is left,** return `Refusal(rejected, nearest, given_up)`. Take back the demands that the job made, one after the
+# other and for good: first the wish (`None`), then latency (`math.inf`), then quality (`0.0`). As soon as something is
+# possible, choose as above: that is `nearest`. `given_up` holds the names of what was taken back, such as `("wish",
+# "latency")`. If nothing is possible even then, `nearest` is `None`. This order is ours; another may give up less.
 #
 # In both cases `rejected` maps each method that is out of the job *as it was asked* to the first reason that the rules give.
 #
-# **An example.** Somebody insists on full fine-tuning, on 24 GB. The wish rejects all other methods, and memory rejects full fine-tuning. Without the wish, LoRA is possible. The
-# cell below the hints prints that answer.
+# **An example.** Somebody insists on full fine-tuning, on 24 GB. The wish rejects all other methods, and memory rejects full
+# fine-tuning. Without the wish, LoRA is possible. The cell below the hints prints that answer.
 #
 # <details><summary>How do I change a job? It is frozen.</summary>
 #
@@ -1066,8 +1090,9 @@ for situation, job, expected in SCENARIOS:
 # %% [markdown]
 # ### The same, on measured evidence
 #
-# Bytes are those of section 5, latency that of section 7 where it exceeds the error measured there. Quality is the mean over the tasks of a method's score as
-# a share of full fine-tuning's, and its spread is two of your `compare`'s errors. Bytes are LLaMA-7B's at rank 16, scores SmolLM2's.
+# Bytes are those of section 5, latency that of section 7 where it exceeds the error measured there. Quality is the mean over
+# the tasks of a method's score as a share of full fine-tuning's, and its spread is two of your `compare`'s errors. Bytes are
+# LLaMA-7B's at rank 16, scores SmolLM2's.
 
 
 # %%
@@ -1127,10 +1152,11 @@ for situation, job, expected in SCENARIOS:
     print(f"{situation:<40} {answer:<35}" + ("" if answer == expected else f" (the guide: {expected})"))
 
 # %% [markdown]
-# *What to see.* Nearly full quality for twenty tasks is refused: LoRA's mean is above full fine-tuning's, but less its spread it does
-# not promise 97%. "Best quality" gives QLoRA, because it is not clearly below LoRA and has the smallest peak. If its slow token matters, the job has to demand latency. And neither job nor option knows
-# **forgetting**: this program could hand out a model that has lost four nats a token. Other answers differ because 7.1 GB
-# was rounded, or because the guide has no layer freezing. Here are LLaMA-13B's figures, and the answer to section 12's job:
+# *What to see.* Nearly full quality for twenty tasks is refused: LoRA's mean is above full fine-tuning's, but less its spread
+# it does not promise 97%. "Best quality" gives QLoRA, because it is not clearly below LoRA and has the smallest peak. If its
+# slow token matters, the job has to demand latency. And neither job nor option knows **forgetting**: this program could hand
+# out a model that has lost four nats a token. Other answers differ because 7.1 GB was rounded, or because the guide has no
+# layer freezing. Here are LLaMA-13B's figures, and the answer to section 12's job:
 
 
 # %% tags=["experiment"]
@@ -1158,17 +1184,19 @@ explain(Job(USABLE * 24 * CARD_GB, tasks=12, latency=0.1), measured_13b)
 # %% [markdown]
 # ## 10. Eight situations  ·  2 points, about 10 minutes
 #
-# Without the program this time. Peaks are in section 5, shares and files in sections 2 and 4, quality in section 9. Which method would you take? `full`, `lora`, `qlora`, `adapters`, `prefix_tuning`,
-# `prompt_tuning`, `bitfit`,
-# `layer_freezing`, or `none`. In one of them three answers are right.
+# Without the program this time. Peaks are in section 5, shares and files in sections 2 and 4, quality in section 9. Which
+# method would you take? `full`, `lora`, `qlora`, `adapters`, `prefix_tuning`, `prompt_tuning`, `bitfit`, `layer_freezing`, or
+# `none`. In one of them three answers are right.
 #
 # - **A** LLaMA-13B, whose weights are 26 GB in 16 bits, on one card of 24 GB.
-# - **B** Forty customers, each with a task of their own, come in turn and are served from one copy of LLaMA-7B. 72 GB of a card can be used. The mean quality is at least 97% of
-#   full fine-tuning's.
-# - **C** LLaMA-7B, one task, trained on 512 tokens with 18 GB that can be used. What was learned is merged into the original 16-bit weights, outputs stay as trained, and no time is added.
+# - **B** Forty customers, each with a task of their own, come in turn and are served from one copy of LLaMA-7B. 72 GB of a card
+#   can be used. The mean quality is at least 97% of full fine-tuning's.
+# - **C** LLaMA-7B, one task, trained on 512 tokens with 18 GB that can be used. What was learned is merged into the original
+#   16-bit weights, outputs stay as trained, and no time is added.
 # - **D** A hosted model. Its API takes embeddings, and returns the output and the gradient of the embeddings.
 # - **E** A hosted model. Its API takes text and returns text.
-# - **F** A model of 135 million parameters is to learn a new language from billions of tokens. There is a card of 80 GB, and one task.
+# - **F** A model of 135 million parameters is to learn a new language from billions of tokens. There is a card of 80 GB, and
+#   one task.
 # - **G** Ten thousand users of LLaMA-7B, whose weights are yours, each with a file of at most 200 kB.
 # - **H** Long documents. Activations fill the memory, and there is no time for checkpointing. Some quality may be lost.
 
@@ -1187,8 +1215,8 @@ check_choose_for(choose_for)
 # %% [markdown]
 # ## 11. Bug hunt: out of memory in the middle of the night  ·  1 point, about 5 minutes
 #
-# *After transformers issue 11388.* Somebody measures the first batch, finds room to spare, and goes home. After 5,906 of 30,625 steps: CUDA out of memory. Nothing
-# leaks. A batch is padded to its longest row, and rows are not equally long:
+# *After transformers issue 11388.* Somebody measures the first batch, finds room to spare, and goes home. After 5,906 of 30,625
+# steps: CUDA out of memory. Nothing leaks. A batch is padded to its longest row, and rows are not equally long:
 
 
 # %%
@@ -1206,8 +1234,8 @@ print(
 )
 
 # %% [markdown]
-# Write `heaviest_batch`: rows and padded length of the batch with the most tokens, padding included. Rows come in the order given. The last batch may be
-# smaller, and counts. Of equals, the first.
+# Write `heaviest_batch`: rows and padded length of the batch with the most tokens, padding included. Rows come in the order
+# given. The last batch may be smaller, and counts. Of equals, the first.
 #
 # <details><summary>I took the longest row</summary>
 #
@@ -1234,60 +1262,61 @@ check_heaviest_batch(heaviest_batch)
 # %% [markdown]
 # ## 12. A design memo  ·  3 points, marked by hand
 #
-# A network of twelve clinics wants LLaMA-13B to draft discharge letters, each clinic in its own style. Letters have 512 tokens. They own one card of 24 GB, for
-# training and for serving. The clinics' requests come in turn, and a tenth more time a token is acceptable. Their consultant proposes: "Full fine-tuning is best, so
-# rent eight cards and fine-tune twelve models. Or else prompt tuning, which needs minimal memory."
+# A network of twelve clinics wants LLaMA-13B to draft discharge letters, each clinic in its own style. Letters have 512 tokens.
+# They own one card of 24 GB, for training and for serving. The clinics' requests come in turn, and a tenth more time a token is
+# acceptable. Their consultant proposes: "Full fine-tuning is best, so rent eight cards and fine-tune twelve models. Or else
+# prompt tuning, which needs minimal memory."
 #
-# Write the memo that decides it, in about 200 words: what is wrong with either proposal; what you recommend, and on what grounds; what you would measure
-# before you sign; and what would change your mind. Use at least three numbers that a cell of this notebook printed, and say for each
-# how sure it is. LLaMA-13B's figures, and what the program says, are at the end of section 9. Its latency was measured on this computer, not on their card.
+# Write the memo that decides it, in about 200 words: what is wrong with either proposal; what you recommend, and on what
+# grounds; what you would measure before you sign; and what would change your mind. Use at least three numbers that a cell of
+# this notebook printed, and say for each how sure it is. LLaMA-13B's figures, and what the program says, are at the end of
+# section 9. Its latency was measured on this computer, not on their card.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "memo", "locked": false, "points": 3, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: both proposals are refuted with figures.* Full fine-tuning: twelve copies of 26 GB cannot be served from one card, whatever is
-# rented for training.
-# Prompt tuning: its base is 26 GB in 16 bits like everybody's, and does not fit either. What is minimal is its file.
+# **Rubric.** *1 point: both proposals are refuted with figures.* Full fine-tuning: twelve copies of 26 GB cannot be served from
+# one card, whatever is rented for training. Prompt tuning: its base is 26 GB in 16 bits like everybody's, and does not fit
+# either. What is minimal is its file.
 #
-# *1 point: a recommendation that
-# follows.* A 4-bit base with twelve small adapters beside it, unmerged (QLoRA), because nothing else fits 24 GB. The
-# conflict is seen: what QLoRA adds to a token in section 7 is more than the tenth allowed. So the figure is measured again on the card, or the demand is given up, or a larger card is
-# bought. "Nothing, until the latency on the card is known" is as good, with these figures.
+# *1 point: a recommendation that follows.* A 4-bit base with twelve small adapters beside it, unmerged (QLoRA), because nothing
+# else fits 24 GB. The conflict is seen: what QLoRA adds to a token in section 7 is more than the tenth allowed. So the figure
+# is measured again on the card, or the demand is given up, or a larger card is bought. "Nothing, until the latency on the card
+# is known" is as good, with these figures.
 #
-# *1 point: how sure.*
-# Measured on which model, task, machine and number of seeds. Bytes are exact. Scores are of a small model and two other tasks, and most of their differences cannot be told. Seconds are this computer's. What would be
-# measured first (the clinics' own letters, a held-out set, a learning-rate sweep, forgetting, latency on the card) and what would change the decision. Half
-# points where figures are missing or are not from the notebook's cells.
+# *1 point: how sure.* Measured on which model, task, machine and number of seeds. Bytes are exact. Scores are of a small model
+# and two other tasks, and most of their differences cannot be told. Seconds are this computer's. What would be measured first
+# (the clinics' own letters, a held-out set, a learning-rate sweep, forgetting, latency on the card) and what would change the
+# decision. Half points where figures are missing or are not from the notebook's cells.
 #
-# **A full answer.** Neither. Twelve fully tuned models are 12 × 26 GB. Our card serves none of them, so renting for training solves the wrong half.
-# Prompt tuning peaks at 29.7 GB, hardly below LoRA's 31.0: the frozen base is what costs, and 26 GB of it are more than the
-# card has. I recommend QLoRA:
-# it peaks at 12.1 GB, and twelve adapters of rank 16 add 12 × 0.13 GB to a base of 7.2. These bytes I trust, because they were counted.
-# Quality I trust less: the rows are SmolLM2's, on film reviews and tool calls, three seeds, and they cannot tell QLoRA from LoRA. I would want to see both on letters, after a sweep of learning rates.
-# Latency I trust least. My own measurement says that unpacking adds far more than a
-# tenth to a token, on a CPU. So before signing I would time one layer on the card itself. If a token is too slow there, the demands contradict each
-# other. Then the clinics
-# must choose: a larger card, on which LoRA in 16 bits runs unmerged and still adds something, or 7B instead of 13B, or patience. A style that differs
-# little between clinics would
-# change my mind, too: then one merged adapter serves all.
+# **A full answer.** Neither. Twelve fully tuned models are 12 × 26 GB. Our card serves none of them, so renting for training
+# solves the wrong half. Prompt tuning peaks at 29.7 GB, hardly below LoRA's 31.0: the frozen base is what costs, and 26 GB of
+# it are more than the card has. I recommend QLoRA: it peaks at 12.1 GB, and twelve adapters of rank 16 add 12 × 0.13 GB to a
+# base of 7.2. These bytes I trust, because they were counted. Quality I trust less: the rows are SmolLM2's, on film reviews and
+# tool calls, three seeds, and they cannot tell QLoRA from LoRA. I would want to see both on letters, after a sweep of learning
+# rates. Latency I trust least. My own measurement says that unpacking adds far more than a tenth to a token, on a CPU. So
+# before signing I would time one layer on the card itself. If a token is too slow there, the demands contradict each other.
+# Then the clinics must choose: a larger card, on which LoRA in 16 bits runs unmerged and still adds something, or 7B instead of
+# 13B, or patience. A style that differs little between clinics would change my mind, too: then one merged adapter serves all.
 #
-# **An answer worth one and a half points.** Full fine-tuning of 13B needs more than 100 GB and twelve models are too many for one card. I would use
-# QLoRA since it has the lowest peak in the
-# table (7 GB for 7B, so about twice that), with one adapter for each clinic. Prompt tuning is not as good. I would check that the quality is good enough, because the
-# tasks here were other ones. If they had a bigger card I would use LoRA.
+# **An answer worth one and a half points.** Full fine-tuning of 13B needs more than 100 GB and twelve models are too many for
+# one card. I would use QLoRA since it has the lowest peak in the table (7 GB for 7B, so about twice that), with one adapter for
+# each clinic. Prompt tuning is not as good. I would check that the quality is good enough, because the tasks here were other
+# ones. If they had a bigger card I would use LoRA.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A table that says which of its differences it can tell, and a program that recommends, gives its reasons and can say no. Take it
-# with you, and replace its evidence by your own.
+# A table that says which of its differences it can tell, and a program that recommends, gives its reasons and can say no. Take
+# it with you, and replace its evidence by your own.
 #
 # ## Sources
 #
 # - huggingface/peft, `method_comparison`: one configuration, one result file, a Pareto picture.
-# - Dodge et al. (2019), *Show Your Work: Improved Reporting of Experimental Results*, arXiv 1909.03004: how tuning decides comparisons.
+# - Dodge et al. (2019), *Show Your Work: Improved Reporting of Experimental Results*, arXiv 1909.03004: how tuning decides
+#   comparisons.
 # - Hu et al. (2022), *LoRA*, arXiv 2106.09685, table 6.
 # - Lester et al. (2021), *The Power of Scale for Parameter-Efficient Prompt Tuning*, arXiv 2104.08691, figure 1.
 # - Biderman et al. (2024), *LoRA Learns Less and Forgets Less*, arXiv 2405.09673.
-# - [transformers issue 11388](https://github.com/huggingface/transformers/issues/11388),
-#   [qlora issue 107](https://github.com/artidoro/qlora/issues/107).
+# - [transformers issue 11388](https://github.com/huggingface/transformers/issues/11388), [qlora issue
+#   107](https://github.com/artidoro/qlora/issues/107).

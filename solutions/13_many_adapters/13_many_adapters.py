@@ -13,8 +13,9 @@
 # |---|---|---|---|
 # | 110, and 15 of experiments on two CPU cores | 4 of 5 | 15 | 08_lora; 02_rank_decomposition helps |
 #
-# A fine-tuned model is as large as the model it was made of. A LoRA adapter is a hundredth of that. So one copy of the weights can serve
-# a hundred tasks, if the requests for all of them may share a batch. This unit builds what makes that possible, and measures what it costs.
+# A fine-tuned model is as large as the model it was made of. A LoRA adapter is a hundredth of that. So one copy of the weights
+# can serve a hundred tasks, if the requests for all of them may share a batch. This unit builds what makes that possible, and
+# measures what it costs.
 #
 # **When you have finished, you can**
 #
@@ -22,8 +23,8 @@
 # 2. add, replace and remove adapters while others serve, and keep a bounded number of them in memory;
 # 3. make one adapter out of several, and say what is lost.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
+# random numbers every time, and says what is wrong. Run the checks as often as you like.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import math
@@ -53,12 +54,13 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 # %% [markdown]
 # ## The idea
 #
-# With LoRA a layer computes $y = W x + s\,B A\,x$. The first term is the same for every task, and it is nearly all of the work. Let row $i$
-# of a batch name its adapter $a_i$:
+# With LoRA a layer computes $y = W x + s\,B A\,x$. The first term is the same for every task, and it is nearly all of the work.
+# Let row $i$ of a batch name its adapter $a_i$:
 #
 # $$ y_i = W x_i + B_{a_i} A_{a_i} x_i $$
 #
-# The base multiplies all rows at once. Only the thin products differ from row to row. (The scale $s$ is part of $B$ in all of this unit.)
+# The base multiplies all rows at once. Only the thin products differ from row to row. (The scale $s$ is part of $B$ in all of
+# this unit.)
 
 # %%
 figure, axes = plt.subplots(figsize=(7.5, 2.9))
@@ -81,8 +83,8 @@ plots.show(
 )
 
 # %% [markdown]
-# The adapters of a layer stand in two stacks, `A` of shape `(slots, rank, in)` and `B` of shape `(slots, out, rank)`. The tensor `adapters` has one whole
-# number a row: its slot, or -1 for none. Said slowly, this is what we want:
+# The adapters of a layer stand in two stacks, `A` of shape `(slots, rank, in)` and `B` of shape `(slots, out, rank)`. The
+# tensor `adapters` has one whole number a row: its slot, or -1 for none. Said slowly, this is what we want:
 
 
 # %%
@@ -103,23 +105,26 @@ print(row_by_row(x, A, B, torch.tensor([1, -1, 0])).flatten().tolist())
 # %% [markdown]
 # ## 1. Gather the factors  ·  3 points, about 15 minutes
 #
-# A loop over rows starts two small products a row in each of 210 layers, and the processor spends its time on starting them. Write
-# `gathered_update`, which returns what `row_by_row` returns, and
+# A loop over rows starts two small products a row in each of 210 layers, and the processor spends its time on starting them.
+# Write `gathered_update`, which returns what `row_by_row` returns, and
 #
 # - has no loop: `A[adapters]` makes a stack with the right factors for every row, and one batched product multiplies all rows;
 # - multiplies by $A$ first, then by $B$, and never builds $BA$;
 # - gives rows with -1 exactly zero;
 # - leaves `adapters` as it is: the next layer reads it as well.
 #
-# The check counts operations (three times as many rows must not take more of them) and watches the memory that the process takes.
+# The check counts operations (three times as many rows must not take more of them) and watches the memory that the process
+# takes.
 #
 # <details><summary>Which function multiplies a stack by a stack?</summary>
 #
-# `torch.bmm`, or `@`: for two tensors with three dimensions both multiply `(batch, seq, in)` by `(batch, in, rank)`. `.mT` swaps the last two dimensions.
+# `torch.bmm`, or `@`: for two tensors with three dimensions both multiply `(batch, seq, in)` by `(batch, in, rank)`. `.mT`
+# swaps the last two dimensions.
 # </details>
 # <details><summary>The check says that a row without an adapter gets one</summary>
 #
-# `A[-1]` is the last slot: Python counts from the end. Let such rows take any slot, then set their update to zero, for example with `torch.where`.
+# `A[-1]` is the last slot: Python counts from the end. Let such rows take any slot, then set their update to zero, for example
+# with `torch.where`.
 # </details>
 
 
@@ -144,8 +149,9 @@ check_gathered(gathered_update)
 # %% [markdown]
 # ## 2. Work by segments  ·  2 points, about 15 minutes
 #
-# Gathering copies the factors for every row. If 64 rows share two adapters, it makes 32 copies of each. The other way: put rows with the same adapter
-# side by side, and multiply such a *segment* by the factors that are there. Write `segmented_update`, which returns the same update, and
+# Gathering copies the factors for every row. If 64 rows share two adapters, it makes 32 copies of each. The other way: put rows
+# with the same adapter side by side, and multiply such a *segment* by the factors that are there. Write `segmented_update`,
+# which returns the same update, and
 #
 # - takes one pair of matrix products for each adapter that a row names, none for the others;
 # - copies no factors.
@@ -154,8 +160,8 @@ check_gathered(gathered_update)
 #
 # <details><summary>How do I find the segments?</summary>
 #
-# `order = adapters.argsort()` lists the rows in the order of their adapters. `adapters[order].unique_consecutive(return_counts=True)` returns the
-# slots that occur and how many rows each has.
+# `order = adapters.argsort()` lists the rows in the order of their adapters.
+# `adapters[order].unique_consecutive(return_counts=True)` returns the slots that occur and how many rows each has.
 # </details>
 # <details><summary>The check says that the result is left in sorted order</summary>
 #
@@ -188,8 +194,9 @@ check_segmented(segmented_update)
 # %% [markdown]
 # ### Predict: which bytes move?
 #
-# When a model writes one token for each row, there is little to compute. The time goes into reading weights from memory. So count the bytes that
-# a step moves in SmolLM2's linear layers, with adapters of rank 8 in fp32. Gathering reads the factors, writes a copy for each row, and reads the copy.
+# When a model writes one token for each row, there is little to compute. The time goes into reading weights from memory. So
+# count the bytes that a step moves in SmolLM2's linear layers, with adapters of rank 8 in fp32. Gathering reads the factors,
+# writes a copy for each row, and reads the copy.
 
 # %%
 with torch.device("meta"):  # shapes without numbers
@@ -203,8 +210,8 @@ for batch, different in ((1, 1), (8, 1), (8, 8), (64, 1), (64, 8), (64, 64)):
     print(f"{batch:>6}{different:>10}{moved[0]:>12,.0f}{moved[1]:>12,.0f}")
 
 # %% [markdown]
-# By bytes alone, segments always win. But every segment costs two products that have to be started, in each of 210 layers. With 64 rows that share
-# 2 adapters, which way is faster? And with 64 rows that have an adapter each?
+# By bytes alone, segments always win. But every segment costs two products that have to be started, in each of 210 layers. With
+# 64 rows that share 2 adapters, which way is faster? And with 64 rows that have an adapter each?
 
 # %%
 i_think_faster = {"64 rows, 2 adapters": None, "64 rows, 64 adapters": None}  # "gathered" or "segmented"
@@ -212,27 +219,30 @@ i_think_faster = {"64 rows, 2 adapters": None, "64 rows, 64 adapters": None}  # 
 # %% [markdown]
 # ## 3. Slots, and a hot swap  ·  3 points, about 20 minutes
 #
-# A server cannot stop in order to load an adapter. `BatchedLoRA` is a frozen linear layer with a fixed number of **slots**. Its stacks are allocated once;
-# after that an adapter is only ever *written into* them, and the other slots go on serving. The contract:
+# A server cannot stop in order to load an adapter. `BatchedLoRA` is a frozen linear layer with a fixed number of **slots**. Its
+# stacks are allocated once; after that an adapter is only ever *written into* them, and the other slots go on serving. The
+# contract:
 #
-# - `A` and `B` are buffers of shape `(slots, max_rank, in)` and `(slots, out, max_rank)`, zero at the start, with the base's dtype and device. Nothing in the layer is
-#   trainable. `base` is the very layer that was given.
+# - `A` and `B` are buffers of shape `(slots, max_rank, in)` and `(slots, out, max_rank)`, zero at the start, with the base's
+#   dtype and device. Nothing in the layer is trainable. `base` is the very layer that was given.
 # - `adapters` is `None` at the start: then no row has an adapter. Otherwise it has one slot, or -1, for each row.
-# - `forward` returns the base's output plus `update(x, A, B, adapters)`. The last argument of the constructor is one of your two functions.
-# - `write` puts an adapter of any rank up to `max_rank` into a slot, in place, with `scaling` folded into one of the factors, and keeps nothing else. A larger
-#   rank raises a `ValueError` and changes nothing.
+# - `forward` returns the base's output plus `update(x, A, B, adapters)`. The last argument of the constructor is one of your
+#   two functions.
+# - `write` puts an adapter of any rank up to `max_rank` into a slot, in place, with `scaling` folded into one of the factors,
+#   and keeps nothing else. A larger rank raises a `ValueError` and changes nothing.
 # - `clear` empties one slot.
 #
 # A smaller rank leaves a part of the slot unused. That part has to be zero, whatever stood there before.
 #
 # <details><summary>Why is zero the right padding?</summary>
 #
-# $BA$ is a sum over the rank: one column of $B$ times one row of $A$ each. A pair of zeros adds nothing. (One zero of the two is enough, but set both: the next
-# adapter may be larger.)
+# $BA$ is a sum over the rank: one column of $B$ times one row of $A$ each. A pair of zeros adds nothing. (One zero of the two
+# is enough, but set both: the next adapter may be larger.)
 # </details>
 # <details><summary>The check says that a swap keeps the old factors alive</summary>
 #
-# After a thousand swaps the process has grown. Something still refers to factors that were written before: a list, a dict, the tensors themselves.
+# After a thousand swaps the process has grown. Something still refers to factors that were written before: a list, a dict, the
+# tensors themselves.
 # </details>
 
 
@@ -307,19 +317,22 @@ for rank in (8, 4, 1):
 # %% [markdown]
 # ## 4. A bounded cache  ·  2 points, about 15 minutes
 #
-# A thousand adapters are on disk, and there is room for eight. `AdapterCache` knows which adapter is in which slot. `assign` gets the names that a batch's rows
-# ask for (`None` for none), loads what is missing, and returns a tensor with each row's slot, -1 for `None`. The rules:
+# A thousand adapters are on disk, and there is room for eight. `AdapterCache` knows which adapter is in which slot. `assign`
+# gets the names that a batch's rows ask for (`None` for none), loads what is missing, and returns a tensor with each row's
+# slot, -1 for `None`. The rules:
 #
 # - Loading is `load(name, slot)`, which the cache gets when it is made. What is in a slot already is not loaded again.
-# - If no slot is free, the **least recently used** adapter makes room. *Used* means that a batch has named it. With two slots, after the batches `[a]`, `[b]`,
-#   `[a]`, a batch `[c]` takes the slot of `b`.
-# - Nobody loses a slot to another row of the same batch. Which of two adapters goes first that were last used in the same batch is up to you.
+# - If no slot is free, the **least recently used** adapter makes room. *Used* means that a batch has named it. With two slots,
+#   after the batches `[a]`, `[b]`, `[a]`, a batch `[c]` takes the slot of `b`.
+# - Nobody loses a slot to another row of the same batch. Which of two adapters goes first that were last used in the same batch
+#   is up to you.
 # - A batch that names more different adapters than there are slots raises a `ValueError`, before anything is loaded.
 # - If `load` raises, the error is passed on. The adapter does not count as loaded, and its slot counts as free.
 #
 # <details><summary>How do I know which one is the least recent?</summary>
 #
-# A dict remembers the order in which keys were put in. Take a key out and put it in again when it is used, and the first key is the one that has waited longest.
+# A dict remembers the order in which keys were put in. Take a key out and put it in again when it is used, and the first key is
+# the one that has waited longest.
 # </details>
 # <details><summary>The check says that another row of the same batch needs the adapter</summary>
 #
@@ -368,8 +381,8 @@ check_adapter_cache(AdapterCache)
 # %% [markdown]
 # ## 5. On a real model
 #
-# Train two adapters for SmolLM2, one for each of our tasks, as in unit 08. The layer below is that unit's, for training only. About three minutes on two CPU
-# cores.
+# Train two adapters for SmolLM2, one for each of our tasks, as in unit 08. The layer below is that unit's, for training only.
+# About three minutes on two CPU cores.
 
 
 # %% tags=["experiment"]
@@ -480,8 +493,9 @@ alone = [answers(slice(row, row + 1))[0] for row in range(len(prompts))]
 print("one batch writes what each row would have written alone:", mixed == alone)
 
 # %% [markdown]
-# *What to see.* The last row has the first row's prompt and no adapter, and answers as the base does. `generate` is the bench's: it keeps each layer's keys and
-# values, so that a new token needs one pass of one token, and it lets every row end by itself. Read it in `peftlab/llama.py`.
+# *What to see.* The last row has the first row's prompt and no adapter, and answers as the base does. `generate` is the
+# bench's: it keeps each layer's keys and values, so that a new token needs one pass of one token, and it lets every row end by
+# itself. Read it in `peftlab/llama.py`.
 #
 # ### Measured: tokens a second, and bytes
 #
@@ -494,8 +508,9 @@ print("one batch writes what each row would have written alone:", mixed == alone
 # | gathered | one base, all adapters | all rows at once, your first function |
 # | segmented | one base, all adapters | all rows at once, your second function |
 #
-# A step gives one token to every row, after 64 tokens that are in the cache. The ways take turns, and the fastest of three rounds counts. Merged models are all alike in
-# time, so one of them is timed for all, and its bytes are multiplied. About three minutes on two CPU cores.
+# A step gives one token to every row, after 64 tokens that are in the cache. The ways take turns, and the fastest of three
+# rounds counts. Merged models are all alike in time, so one of them is timed for all, and its bytes are multiplied. About three
+# minutes on two CPU cores.
 
 
 # %% tags=["experiment"]
@@ -623,19 +638,22 @@ if shipped:
     )
 
 # %% [markdown]
-# *What to see.* The shipped rows were timed with one thread on a machine that was busy with other work. So compare the ways within a line: all of them were slowed alike. A difference of
-# a tenth says nothing.
+# *What to see.* The shipped rows were timed with one thread on a machine that was busy with other work. So compare the ways
+# within a line: all of them were slowed alike. A difference of a tenth says nothing.
 #
-# - **Merged** is fastest where nothing is mixed: one adapter, a small batch. As soon as rows differ, it splits the batch, and a step that reads all weights serves a few rows only. With 64
-#   adapters it needs 34 GB, and gathered factors give more than six times its tokens.
+# - **Merged** is fastest where nothing is mixed: one adapter, a small batch. As soon as rows differ, it splits the batch, and a
+#   step that reads all weights serves a few rows only. With 64 adapters it needs 34 GB, and gathered factors give more than six
+#   times its tokens.
 # - **Swapped** saves that memory and pays with time: it splits the batch as well.
-# - **Gathered** and **segmented** are close to each other up to eight adapters: their differences change sign from line to line, and are noise. Where each of 64 rows has an adapter
-#   of its own, gathered is well ahead, although it moves three times the bytes: the number of operations decides.
-# - In 4 bits the base is a third as large, and the adapters' bytes are what they were. Each step dequantizes all weights, which takes most of its time here. That is the same work for one
-#   row as for 64, so splitting a batch costs more than on the base in fp32.
+# - **Gathered** and **segmented** are close to each other up to eight adapters: their differences change sign from line to
+#   line, and are noise. Where each of 64 rows has an adapter of its own, gathered is well ahead, although it moves three times
+#   the bytes: the number of operations decides.
+# - In 4 bits the base is a third as large, and the adapters' bytes are what they were. Each step dequantizes all weights, which
+#   takes most of its time here. That is the same work for one row as for 64, so splitting a batch costs more than on the base
+#   in fp32.
 #
-# Why is an unmerged adapter slow at batch 1? Its numbers are two percent of the base's. Count the operations of one step in a model with two layers; those that compute nothing, such as views,
-# are counted too:
+# Why is an unmerged adapter slow at batch 1? Its numbers are two percent of the base's. Count the operations of one step in a
+# model with two layers; those that compute nothing, such as views, are counted too:
 
 # %% tags=["experiment"]
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -668,24 +686,26 @@ for update, adapters in (
     print(f"{way:<40}{operations.count:>6} operations")
 
 # %% [markdown]
-# *What to see.* The update multiplies the number of operations. Each one costs some microseconds to start, whatever it computes, and at batch 1 there is little else. Engines put the whole update
-# into one kernel. Users of vLLM see the rest of this price: up to half of the throughput in issue 10062.
+# *What to see.* The update multiplies the number of operations. Each one costs some microseconds to start, whatever it
+# computes, and at batch 1 there is little else. Engines put the whole update into one kernel. Users of vLLM see the rest of
+# this price: up to half of the throughput in issue 10062.
 
 # %% [markdown]
 # ## 6. One adapter out of several  ·  2 points, about 15 minutes
 #
-# Sometimes one adapter should do the work of several. What adds up are the *products*: $\sum_i w_i B_i A_i$. Stacked side by side, the factors hold that sum
-# exactly, and the ranks add up. To get back to a given rank, cut off the smallest singular values, as unit 02 did. Adding the $A$'s and the
-# $B$'s instead gives every $B_i$ with every $A_j$: units 02 and 07 met that mistake, and it is in libraries to this day.
+# Sometimes one adapter should do the work of several. What adds up are the *products*: $\sum_i w_i B_i A_i$. Stacked side by
+# side, the factors hold that sum exactly, and the ranks add up. To get back to a given rank, cut off the smallest singular
+# values, as unit 02 did. Adding the $A$'s and the $B$'s instead gives every $B_i$ with every $A_j$: units 02 and 07 met that
+# mistake, and it is in libraries to this day.
 #
-# Write `combine`, for adapters of any ranks and weights of either sign. It returns `A` of shape `(rank, in)` and `B` of shape `(out, rank)`, in the adapters' dtype;
-# `rank` is at most the sum of the ranks. It never builds a matrix of out × in numbers: for a head of 200,000 outputs that would be far larger than
-# the factors. The given factors stay as they are.
+# Write `combine`, for adapters of any ranks and weights of either sign. It returns `A` of shape `(rank, in)` and `B` of shape
+# `(out, rank)`, in the adapters' dtype; `rank` is at most the sum of the ranks. It never builds a matrix of out × in numbers:
+# for a head of 200,000 outputs that would be far larger than the factors. The given factors stay as they are.
 #
 # <details><summary>How can I have the SVD of BA without BA?</summary>
 #
-# Decompose the thin factors first: `torch.linalg.qr` gives $B = Q_B R_B$ and $A^T = Q_A R_A$ with orthonormal columns in both $Q$. Then $BA = Q_B\,(R_B R_A^T)\,Q_A^T$,
-# and the middle is as small as the ranks. Its singular values are those of $BA$.
+# Decompose the thin factors first: `torch.linalg.qr` gives $B = Q_B R_B$ and $A^T = Q_A R_A$ with orthonormal columns in both
+# $Q$. Then $BA = Q_B\,(R_B R_A^T)\,Q_A^T$, and the middle is as small as the ranks. Its singular values are those of $BA$.
 # </details>
 
 
@@ -713,8 +733,8 @@ def combine(
 check_combine(combine)
 
 # %% [markdown]
-# **TIES** (Yadav et al. 2023) argues that adding is wrong where two tasks pull a number in opposite directions. It keeps the largest numbers of each task, lets
-# the tasks vote on every sign, and averages those that agree with the outcome:
+# **TIES** (Yadav et al. 2023) argues that adding is wrong where two tasks pull a number in opposite directions. It keeps the
+# largest numbers of each task, lets the tasks vote on every sign, and averages those that agree with the outcome:
 
 
 # %%
@@ -739,7 +759,8 @@ def ties(tensors: Sequence[Float[Tensor, "..."]], weights: Sequence[float], dens
 print(ties([torch.tensor([3.0, -2.0, 0.1]), torch.tensor([1.0, 4.0, 0.2])], [1.0, 1.0], density=0.67))
 
 # %% [markdown]
-# What do these do to our two adapters? Each way below makes one adapter out of both, which is then scored on both tasks. Which score will suffer most?
+# What do these do to our two adapters? Each way below makes one adapter out of both, which is then scored on both tasks. Which
+# score will suffer most?
 
 # %%
 i_think_worst = None  # "concatenated", "svd", "mean of factors", "ties"
@@ -821,15 +842,19 @@ for row in combined_rows:
     print(f"{row.way:<18}{row.rank:>5}{scores}{row.distance:>20.0%}")
 
 # %% [markdown]
-# *What to see.* With 64 reviews and 32 calls, one standard error is about five points on the reviews and seven on the calls. So the concatenated adapter, the SVD and each adapter on its own task are level. Cutting from rank 16 back to 8 costs 7% of the sum, and no score that can be seen. The mean of the factors loses half of the calls: its product is 62% away from the
-# sum. TIES keeps the calls, and on reviews does no better than the calls' adapter alone. The last column suggests why: the reviews' update is so small that the sum without it is hardly another one (the row *calls alone*), and TIES lets the
-# larger numbers win.
+# *What to see.* With 64 reviews and 32 calls, one standard error is about five points on the reviews and seven on the calls. So
+# the concatenated adapter, the SVD and each adapter on its own task are level. Cutting from rank 16 back to 8 costs 7% of the
+# sum, and no score that can be seen. The mean of the factors loses half of the calls: its product is 62% away from the sum.
+# TIES keeps the calls, and on reviews does no better than the calls' adapter alone. The last column suggests why: the reviews'
+# update is so small that the sum without it is hardly another one (the row *calls alone*), and TIES lets the larger numbers
+# win.
 
 # %% [markdown]
 # ## 7. The same thing in peft
 #
-# Below, a small LLaMA exists twice with the same weights: as `transformers` model with three adapters in peft, and as our `Llama` with yours. A mixed batch goes
-# through both. A logit is made by 14 products, one after the other, each of sums of at most 160 terms, and each term rounds once.
+# Below, a small LLaMA exists twice with the same weights: as `transformers` model with three adapters in peft, and as our
+# `Llama` with yours. A mixed batch goes through both. A logit is made by 14 products, one after the other, each of sums of at
+# most 160 terms, and each term rounds once.
 
 # %% tags=["experiment"]
 from peft import LoraConfig, get_peft_model
@@ -872,8 +897,8 @@ print(f"largest difference of any logit: {apart:.1e}, where rounding may make {t
 assert apart <= tolerance, "a mixed batch gives something else than in peft: run the checks above again"
 
 # %% [markdown]
-# And `add_weighted_adapter`, which combines adapters. In peft, `cat` and `svd` do what `combine` does, and `ties_svd` merges the products. `linear` and `ties` work on
-# the factors, each multiplied by the root of its weight.
+# And `add_weighted_adapter`, which combines adapters. In peft, `cat` and `svd` do what `combine` does, and `ties_svd` merges
+# the products. `linear` and `ties` work on the factors, each multiplied by the root of its weight.
 
 # %% tags=["experiment"]
 weights, roots = [0.7, 1.2], [math.sqrt(0.7 * 2.0), math.sqrt(1.2 * 0.5)]  # the two scales are 2 and 1/2
@@ -896,8 +921,9 @@ def combined(layer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 # %% [markdown]
-# A computed SVD belongs to a matrix that is off by `size × eps` of its largest singular value. Cutting off multiplies that error by one over the gap between the last
-# singular value that is kept and the first that is not (unit 02). Two answers may differ by twice as much.
+# A computed SVD belongs to a matrix that is off by `size × eps` of its largest singular value. Cutting off multiplies that
+# error by one over the gap between the last singular value that is kept and the first that is not (unit 02). Two answers may
+# differ by twice as much.
 
 # %% tags=["experiment"]
 apart, gap = dict.fromkeys(kinds, 0.0), 1.0
@@ -914,7 +940,8 @@ for kind, distance in apart.items():
     assert distance <= 2 * 160 * EPS * (1 + 1 / gap), f"{kind} gives something else than in peft"
 
 # %% [markdown]
-# How fast is peft's mixed batch? It works by segments too: with Python lists of row numbers, in every layer. The same weights and rows, one token each, in turn:
+# How fast is peft's mixed batch? It works by segments too: with Python lists of row numbers, in every layer. The same weights
+# and rows, one token each, in turn:
 
 
 # %% tags=["experiment"]
@@ -964,13 +991,15 @@ for theirs_row in (row for row in beside_peft if row.way == "peft"):
     )
 
 # %% [markdown]
-# *What to see.* Both of your functions take less time than peft in every line: gathered about half with 8 rows, two thirds to four fifths with 64. Neither of the two is ahead of the other everywhere.
+# *What to see.* Both of your functions take less time than peft in every line: gathered about half with 8 rows, two thirds to
+# four fifths with 64. Neither of the two is ahead of the other everywhere.
 
 # %% [markdown]
 # ## 8. Bug hunt  ·  1 point, about 8 minutes
 #
-# *After vLLM issues 3264 and 30931.* Many requests begin with the same words. A server keeps the keys and values of such a prompt for the next request. Someone
-# turns adapters on, and from then on some answers are a mixture of two tasks. The code looks innocent:
+# *After vLLM issues 3264 and 30931.* Many requests begin with the same words. A server keeps the keys and values of such a
+# prompt for the next request. Someone turns adapters on, and from then on some answers are a mixture of two tasks. The code
+# looks innocent:
 
 
 # %%
@@ -999,13 +1028,14 @@ buggy.put((7, 1, 4), "reviews", "computed with reviews")
 print(buggy.get((7, 1, 4), "calls"))
 
 # %% [markdown]
-# Write `PrefixCache`. `get` returns what was put for these tokens under this adapter (a name, or `None` for the base), or `None`. `swapped(adapter)` is called after an adapter's
-# weights have been replaced under its old name: then everything that the old weights have computed is forgotten and its memory freed, and nothing
-# else is.
+# Write `PrefixCache`. `get` returns what was put for these tokens under this adapter (a name, or `None` for the base), or
+# `None`. `swapped(adapter)` is called after an adapter's weights have been replaced under its old name: then everything that
+# the old weights have computed is forgotten and its memory freed, and nothing else is.
 #
 # <details><summary>I see no bug</summary>
 #
-# Keys and values are $W_k x$ and $W_v x$. Which of these matrices does an adapter change? And what does $x$ hold, after the first layer?
+# Keys and values are $W_k x$ and $W_v x$. Which of these matrices does an adapter change? And what does $x$ hold, after the
+# first layer?
 # </details>
 
 
@@ -1043,41 +1073,54 @@ check_prefix_cache(PrefixCache)
 # %% [markdown]
 # ## 9. In your own words  ·  2 points, marked by hand
 #
-# A company has fine-tuned one model for each of its 200 customers with LoRA of rank 16. Most requests come from ten customers; each of the others sends a few an hour.
-# Today every customer has a merged model, loaded when a request comes in. Someone proposes one base with all adapters, someone else wants to merge the ten busiest.
+# A company has fine-tuned one model for each of its 200 customers with LoRA of rank 16. Most requests come from ten customers;
+# each of the others sends a few an hour. Today every customer has a merged model, loaded when a request comes in. Someone
+# proposes one base with all adapters, someone else wants to merge the ten busiest.
 #
-# In about 120 words: what would you keep in memory, and in which form? What does an unmerged adapter cost when a request is alone in its batch, and when it is not? What has to
-# happen when a customer's adapter is trained anew? Refer to at least one number from section 5.
+# In about 120 words: what would you keep in memory, and in which form? What does an unmerged adapter cost when a request is
+# alone in its batch, and when it is not? What has to happen when a customer's adapter is trained anew? Refer to at least one
+# number from section 5.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "customers", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: what is where, and what it costs.* One base, slots for the adapters in use, the others on disk and loaded on demand (least recently used). Merged copies cost a whole
-# model each, and split the batch. Unmerged costs most in a small batch, where the two small products of each layer are added to a step that is short anyway; in a large batch of mixed
-# requests it is far ahead. A figure from section 5 is quoted. *1 point: the swap.* The new factors are written into the slot in place, requests that are running finish with one
-# version, and whatever the old weights have computed (kept keys and values) is forgotten. Half points for either part without a reason.
+# **Rubric.** *1 point: what is where, and what it costs.* One base, slots for the adapters in use, the others on disk and
+# loaded on demand (least recently used). Merged copies cost a whole model each, and split the batch. Unmerged costs most in a
+# small batch, where the two small products of each layer are added to a step that is short anyway; in a large batch of mixed
+# requests it is far ahead. A figure from section 5 is quoted. *1 point: the swap.* The new factors are written into the slot in
+# place, requests that are running finish with one version, and whatever the old weights have computed (kept keys and values) is
+# forgotten. Half points for either part without a reason.
 #
-# **A full answer.** I would keep one base and some 32 slots, and load the other adapters when they are asked for. Ten merged models take ten times the memory, and their requests could
-# not share a batch: with 8 adapters in a batch of 64, merged models gave 5.8 tokens a second and gathered ones 9.6. Alone, a request pays: at batch 1 the small products of
-# 210 layers are pure overhead, so a customer with steady traffic and a strict latency may get a merged model. When an adapter is trained anew, I write it into its slot between two
-# steps, and forget the prompts that were kept under its name.
+# **A full answer.** I would keep one base and some 32 slots, and load the other adapters when they are asked for. Ten merged
+# models take ten times the memory, and their requests could not share a batch: with 8 adapters in a batch of 64, merged models
+# gave 5.8 tokens a second and gathered ones 9.6. Alone, a request pays: at batch 1 the small products of 210 layers are pure
+# overhead, so a customer with steady traffic and a strict latency may get a merged model. When an adapter is trained anew, I
+# write it into its slot between two steps, and forget the prompts that were kept under its name.
 #
-# **An answer worth one point.** One base with all adapters, because they are small. The merged ones are faster for one request but need a lot of memory. You load the new adapter when it changes.
+# **An answer worth one point.** One base with all adapters, because they are small. The merged ones are faster for one request
+# but need a lot of memory. You load the new adapter when it changes.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# A layer that serves many adapters in one batch, a cache that keeps the right ones, one adapter out of several, and numbers that say when each is worth it. What a
-# production engine adds, and how to serve your adapter with one, stands on the project's page *From here to production* (`docs/from_here_to_production.md`).
+# A layer that serves many adapters in one batch, a cache that keeps the right ones, one adapter out of several, and numbers
+# that say when each is worth it. What a production engine adds, and how to serve your adapter with one, stands on the project's
+# page *From here to production* (`docs/from_here_to_production.md`).
 #
 # ## Sources
 #
-# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685: section 4.2 names the cost of batching different tasks when adapters are merged.
+# - Hu et al. (2022), *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685: section 4.2 names the cost of
+#   batching different tasks when adapters are merged.
 # - Chen et al. (2023), *Punica: Multi-Tenant LoRA Serving*, arXiv 2310.18547: gathered and segmented products in one kernel.
-# - Sheng et al. (2023), *S-LoRA: Serving Thousands of Concurrent LoRA Adapters*, arXiv 2311.03285: adapters in pages beside the cache of keys and values.
+# - Sheng et al. (2023), *S-LoRA: Serving Thousands of Concurrent LoRA Adapters*, arXiv 2311.03285: adapters in pages beside the
+#   cache of keys and values.
 # - Yadav et al. (2023), *TIES-Merging: Resolving Interference When Merging Models*, arXiv 2306.01708.
-# - Kwon et al. (2023), *Efficient Memory Management for Large Language Model Serving with PagedAttention*, arXiv 2309.06180: vLLM.
-# - vLLM issues [3264](https://github.com/vllm-project/vllm/issues/3264), [30931](https://github.com/vllm-project/vllm/issues/30931) (kept prompts under several adapters),
-#   [3316](https://github.com/vllm-project/vllm/issues/3316), [10062](https://github.com/vllm-project/vllm/issues/10062) (what unmerged adapters cost).
-# - peft issues [1155](https://github.com/huggingface/peft/issues/1155), [2796](https://github.com/huggingface/peft/issues/2796), [3761](https://github.com/huggingface/peft/issues/3761):
-#   adapters combined factor by factor.
+# - Kwon et al. (2023), *Efficient Memory Management for Large Language Model Serving with PagedAttention*, arXiv 2309.06180:
+#   vLLM.
+# - vLLM issues [3264](https://github.com/vllm-project/vllm/issues/3264),
+#   [30931](https://github.com/vllm-project/vllm/issues/30931) (kept prompts under several adapters),
+#   [3316](https://github.com/vllm-project/vllm/issues/3316), [10062](https://github.com/vllm-project/vllm/issues/10062) (what
+#   unmerged adapters cost).
+# - peft issues [1155](https://github.com/huggingface/peft/issues/1155),
+#   [2796](https://github.com/huggingface/peft/issues/2796), [3761](https://github.com/huggingface/peft/issues/3761): adapters
+#   combined factor by factor.

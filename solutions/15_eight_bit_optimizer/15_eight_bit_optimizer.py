@@ -13,8 +13,9 @@
 # |---|---|---|---|
 # | 90, and 5 of experiments on two CPU cores | 4 of 5 | 13 | 01_why_peft and 09_quantization; 10_qlora helps |
 #
-# Adam keeps two numbers for every trained one. In full fine-tuning they take more memory than the model. Dettmers et al. (2022) keep them in
-# eight bits, in blocks with a scale each. This unit builds that optimizer and measures what it saves. Then it asks what a number can still do that has 256 places to be.
+# Adam keeps two numbers for every trained one. In full fine-tuning they take more memory than the model. Dettmers et al. (2022)
+# keep them in eight bits, in blocks with a scale each. This unit builds that optimizer and measures what it saves. Then it asks
+# what a number can still do that has 256 places to be.
 #
 # **When you have finished, you can**
 #
@@ -22,8 +23,8 @@
 # 2. say which second moments a step can move at all, and show one that it cannot;
 # 3. mend that, and go on with a saved run without losing anything.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on
-# new random numbers every time, and says what is wrong. Run the checks as often as you like.
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
+# random numbers every time, and says what is wrong. Run the checks as often as you like.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import copy
@@ -55,7 +56,8 @@ from peftlab.memory import MEBIBYTE, measure_training_step, step_table, tensor_b
 # $$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2 \qquad
 # \theta \leftarrow (1 - \eta \lambda)\, \theta - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} $$
 #
-# with learning rate $\eta$ and weight decay $\lambda$. Only $m$ and $v$ have to last until the next step. So they may be stored in another form:
+# with learning rate $\eta$ and weight decay $\lambda$. Only $m$ and $v$ have to last until the next step. So they may be stored
+# in another form:
 #
 # | | | |
 # |---|---|---|
@@ -63,8 +65,9 @@ from peftlab.memory import MEBIBYTE, measure_training_step, step_table, tensor_b
 # | step | the three formulas above, in fp32 | `first.mul_(beta1).add_(gradient, alpha=1 - beta1)` ... |
 # | store | $q_m$, and an absmax $a_m$ for every 256 numbers | `to_8bit(first, True)` |
 #
-# The codes are those of unit 09's *dynamic* data type. The first moment has a sign and takes the signed type. The second is never negative and takes the unsigned
-# one, which has one bit more for its digits. Here are the unsigned type's values, decade by decade.
+# The codes are those of unit 09's *dynamic* data type. The first moment has a sign and takes the signed type. The second is
+# never negative and takes the unsigned one, which has one bit more for its digits. Here are the unsigned type's values, decade
+# by decade.
 
 # %%
 code = dynamic_code(False)
@@ -88,14 +91,16 @@ for decade in range(7):
     )
 
 # %% [markdown]
-# *What to see.* Seven decades are covered, but each has half as many values as the one above it. A small number is stored with a larger relative error.
+# *What to see.* Seven decades are covered, but each has half as many values as the one above it. A small number is stored with
+# a larger relative error.
 #
 # ### Predict
 #
 # A parameter has four bytes of weight and four of gradient. How many bytes of state has it with moments in eight bits?
 #
-# And a thought experiment. For 300 steps every gradient is 1. From then on it is 0.05, except for one number in every 256, where it stays 1. In fp32 the second moment of the
-# others sinks. After 1,500 steps, by which factor is the one kept in eight bits too large or too small? Sections 3 and 4 measure both.
+# And a thought experiment. For 300 steps every gradient is 1. From then on it is 0.05, except for one number in every 256,
+# where it stays 1. In fp32 the second moment of the others sinks. After 1,500 steps, by which factor is the one kept in eight
+# bits too large or too small? Sections 3 and 4 measure both.
 
 # %%
 my_bytes = None  # of state a parameter: a number
@@ -104,11 +109,14 @@ my_factor = None  # v kept in eight bits over v kept in fp32: a ratio
 # %% [markdown]
 # ## 1. Numbers as codes  ·  2 points, about 10 minutes
 #
-# An optimizer reads and writes its moments in every step, so both ways have to be exact about shapes and blocks. Write two functions.
+# An optimizer reads and writes its moments in every step, so both ways have to be exact about shapes and blocks. Write two
+# functions.
 #
-# - `to_8bit(x, signed)` returns codes, `uint8` and in the shape of `x`, and the absmax of every 256 values in a row (or of what is left), in fp32. `x` stays as it is.
+# - `to_8bit(x, signed)` returns codes, `uint8` and in the shape of `x`, and the absmax of every 256 values in a row (or of what
+#   is left), in fp32. `x` stays as it is.
 # - `from_8bit(codes, absmax, signed)` returns value times absmax, in fp32 and in the shape of the codes.
-# - `nearest_code(x, signed)` finds codes for numbers between -1 and 1, and `dynamic_code(signed, device)` is the table of values. Both are given.
+# - `nearest_code(x, signed)` finds codes for numbers between -1 and 1, and `dynamic_code(signed, device)` is the table of
+#   values. Both are given.
 # - No floor below absmax: the second moment of a small gradient is smaller than any floor that looks harmless.
 
 # %%
@@ -118,7 +126,8 @@ print("one block, absmax 1:", dynamic_code(True)[nearest_code(values, True).int(
 # %% [markdown]
 # <details><summary>The last block has fewer than 256 values</summary>
 #
-# Pad the flat tensor with zeros to a multiple of 256, view it as blocks, and cut the codes off again at the end; or `split(256)` and a loop.
+# Pad the flat tensor with zeros to a multiple of 256, view it as blocks, and cut the codes off again at the end; or
+# `split(256)` and a loop.
 # </details>
 # <details><summary>A block of zeros gives NaN</summary>
 #
@@ -154,21 +163,24 @@ check_to_8bit(to_8bit, from_8bit)
 # Quantize too early, and the step is taken with rounded numbers. Write `update`, which takes one step for one parameter:
 #
 # 1. read both moments back to fp32 (zeros before the first step);
-# 2. take AdamW's step with the *new* moments, as if nothing had happened: compute in fp32 whatever the parameter's dtype, and round once, when the parameter is written;
+# 2. take AdamW's step with the *new* moments, as if nothing had happened: compute in fp32 whatever the parameter's dtype, and
+#    round once, when the parameter is written;
 # 3. quantize the new moments, and forget the fp32 ones.
 #
-# `group` is the parameter's own: its `"lr"`, `"betas"`, `"eps"` and `"weight_decay"` count. Keep in `self.state[parameter]`: the moments as `exp_avg` and `exp_avg_sq`, their
-# absmax as `exp_avg_absmax` and `exp_avg_sq_absmax`, and the number of steps as `step`. A tensor of fewer than 4,096 values keeps its moments in fp32, without absmax, as in
-# bitsandbytes: there is little to save. The gradient stays as it is. (The check lends its own `to_8bit` and `from_8bit`.)
+# `group` is the parameter's own: its `"lr"`, `"betas"`, `"eps"` and `"weight_decay"` count. Keep in `self.state[parameter]`:
+# the moments as `exp_avg` and `exp_avg_sq`, their absmax as `exp_avg_absmax` and `exp_avg_sq_absmax`, and the number of steps
+# as `step`. A tensor of fewer than 4,096 values keeps its moments in fp32, without absmax, as in bitsandbytes: there is little
+# to save. The gradient stays as it is. (The check lends its own `to_8bit` and `from_8bit`.)
 #
 # <details><summary>How is an optimizer built?</summary>
 #
-# `self.param_groups` is a list of dicts, each with its `"params"`. `self.state[parameter]` is a dict that starts empty. `parameter.copy_(...)` changes it in
-# place; `step` runs under `torch.no_grad()`.
+# `self.param_groups` is a list of dicts, each with its `"params"`. `self.state[parameter]` is a dict that starts empty.
+# `parameter.copy_(...)` changes it in place; `step` runs under `torch.no_grad()`.
 # </details>
 # <details><summary>The check says that the parameter is rounded twice</summary>
 #
-# `parameter.mul_(...)` rounds to the parameter's dtype, and the step rounds again. Make both changes to `parameter.float()`, then copy.
+# `parameter.mul_(...)` rounds to the parameter's dtype, and the step rounds again. Make both changes to `parameter.float()`,
+# then copy.
 # </details>
 
 
@@ -227,7 +239,8 @@ class AdamW8bit(torch.optim.Optimizer):
 check_adamw_8bit(AdamW8bit)
 
 # %% [markdown]
-# Does it train as well as AdamW? Here is a tiny LLaMA, trained in full, once with each, on the same random sentences, to learn them by heart.
+# Does it train as well as AdamW? Here is a tiny LLaMA, trained in full, once with each, on the same random sentences, to learn
+# them by heart.
 
 
 # %%
@@ -259,13 +272,14 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The two curves can hardly be told apart. The state takes less than a third of AdamW's (small tensors stay in fp32).
+# *What to see.* The two curves can hardly be told apart. The state takes less than a third of AdamW's (small tensors stay in
+# fp32).
 #
 # ## 3. Measured: what is in memory
 #
-# State is only one part of a step's bytes, and an update unpacks what it needs. So measure whole steps, by category: a LLaMA with four of SmolLM2's layers and a small
-# vocabulary, trained in full. `InPieces` is your optimizer again, but it takes a large parameter 262,144 numbers at a time. Each piece is a view of the
-# parameter with a state of its own.
+# State is only one part of a step's bytes, and an update unpacks what it needs. So measure whole steps, by category: a LLaMA
+# with four of SmolLM2's layers and a small vocabulary, trained in full. `InPieces` is your optimizer again, but it takes a
+# large parameter 262,144 numbers at a time. Each piece is a view of the parameter with a state of its own.
 
 # %% tags=["experiment"]
 import warnings
@@ -315,28 +329,32 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* The state shrinks to a quarter. The *peak* of your optimizer grows instead: for a moment the largest parameter has both moments, a denominator and more in fp32, and
-# `nearest_code` computes in fp64. Taken in pieces, the same numbers need little at once. bitsandbytes has one compiled loop, which holds a few numbers of a block at a time.
+# *What to see.* The state shrinks to a quarter. The *peak* of your optimizer grows instead: for a moment the largest parameter
+# has both moments, a denominator and more in fp32, and `nearest_code` computes in fp64. Taken in pieces, the same numbers need
+# little at once. bitsandbytes has one compiled loop, which holds a few numbers of a block at a time.
 #
 # With LoRA there is little to save: the state belongs to the factors alone. Eight bits are for those who train many parameters.
 #
-# **Paging.** On an NVIDIA GPU bitsandbytes can also put the state into *unified memory*: pages that the driver moves between GPU and main memory, as an
-# operating system swaps pages to disk. While there is room, the pages stay on the GPU. When a long sequence fills it for a moment, pages of the
-# state make way, and come back for the next `step()`. QLoRA's authors use it against out-of-memory errors at the longest batches. The class is `PagedAdamW8bit`. It pages
-# only tensors of 100,000 numbers and more, and on a CPU nothing.
+# **Paging.** On an NVIDIA GPU bitsandbytes can also put the state into *unified memory*: pages that the driver moves between
+# GPU and main memory, as an operating system swaps pages to disk. While there is room, the pages stay on the GPU. When a long
+# sequence fills it for a moment, pages of the state make way, and come back for the next `step()`. QLoRA's authors use it
+# against out-of-memory errors at the longest batches. The class is `PagedAdamW8bit`. It pages only tensors of 100,000 numbers
+# and more, and on a CPU nothing.
 #
 # ## 4. What a step cannot move  ·  2 points, about 15 minutes
 #
-# A step changes $v$ a little, and then $v$ is rounded to the nearest value. If the change is smaller than half the gap to the next value, rounding undoes it. The next step
-# starts from the same number, so nothing adds up. Which gradients are too weak to move a value, then, and which too *strong* to be noticed?
+# A step changes $v$ a little, and then $v$ is rounded to the nearest value. If the change is smaller than half the gap to the
+# next value, rounding undoes it. The next step starts from the same number, so nothing adds up. Which gradients are too weak to
+# move a value, then, and which too *strong* to be noticed?
 #
-# Write `dead_zone(code, beta2)`. A block's absmax is 1 and stays 1. A second moment is stored as `code[k]`. For each `k` return the smallest and the largest size of a gradient
-# after which it is stored as `code[k]` again:
+# Write `dead_zone(code, beta2)`. A block's absmax is 1 and stays 1. A second moment is stored as `code[k]`. For each `k` return
+# the smallest and the largest size of a gradient after which it is stored as `code[k]` again:
 #
 # - the new moment is $\beta_2 \cdot \text{code}[k] + (1 - \beta_2)\, g^2$;
 # - it is stored as `code[k]` while it lies between the middles of the gaps below and above;
 # - where even $g = 0$ leaves it in place, the smallest size is 0;
-# - the first value has no gap below it: its smallest size is 0. The last value is the absmax itself, so its moment may not grow beyond it.
+# - the first value has no gap below it: its smallest size is 0. The last value is the absmax itself, so its moment may not grow
+#   beyond it.
 #
 # `code` is any ascending table from 0 to 1. Both results have its shape.
 
@@ -375,7 +393,8 @@ def dead_zone(code: Float[Tensor, "codes"], beta2: float) -> tuple[Float[Tensor,
 check_dead_zone(dead_zone)
 
 # %% [markdown]
-# Now for the real type. A value of $v$ that suits the gradients would be $g^2$. So draw the zone around the line $g = \sqrt{v}$.
+# Now for the real type. A value of $v$ that suits the gradients would be $g^2$. So draw the zone around the line $g =
+# \sqrt{v}$.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
@@ -395,8 +414,9 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* With the usual $\beta_2 = 0.999$ *no* value can sink by itself, not even if its gradients are zero from now on. A step takes away a thousandth, and the
-# narrowest half gap is wider. With $\beta_2 = 0.95$ most values can sink, but the smallest ones, whose gaps are wide, cannot.
+# *What to see.* With the usual $\beta_2 = 0.999$ *no* value can sink by itself, not even if its gradients are zero from now on.
+# A step takes away a thousandth, and the narrowest half gap is wider. With $\beta_2 = 0.95$ most values can sink, but the
+# smallest ones, whose gaps are wide, cannot.
 #
 # ### Measured: a moment that sticks
 #
@@ -455,20 +475,21 @@ axes.legend()
 plots.show(figure, alt="In fp32 the second moment sinks; in eight bits, yours and bitsandbytes', it rises with the outlier's.")
 
 # %% [markdown]
-# *What to see.* In eight bits $v$ does not even stay: it *rises*. Soon its code stands still, and the code's value is multiplied by the absmax of its block, which is the
-# outlier's $v$. bitsandbytes does exactly the same. Adam divides by $\sqrt{v}$, so the steps are too short by the root of the factor, and the parameter
-# goes a shorter way.
+# *What to see.* In eight bits $v$ does not even stay: it *rises*. Soon its code stands still, and the code's value is
+# multiplied by the absmax of its block, which is the outlier's $v$. bitsandbytes does exactly the same. Adam divides by
+# $\sqrt{v}$, so the steps are too short by the root of the factor, and the parameter goes a shorter way.
 #
-# How much harm is that? In fp32, too, $v$ forgets slowly: after $n$ steps without gradients $0.999^n$ of it is left, which is 37% after 1,000 steps. A run of a hundred steps hardly
-# sees the difference. A long one whose gradients shrink does.
+# How much harm is that? In fp32, too, $v$ forgets slowly: after $n$ steps without gradients $0.999^n$ of it is left, which is
+# 37% after 1,000 steps. A run of a hundred steps hardly sees the difference. A long one whose gradients shrink does.
 #
 # ## 5. Round at random  ·  2 points, about 10 minutes
 #
-# A change that is always rounded away is lost. If it is rounded away only *most* of the time, and once in a while counts as a whole gap, then it is right on average. Write
-# `random_code(x, code, noise)`:
+# A change that is always rounded away is lost. If it is rounded away only *most* of the time, and once in a while counts as a
+# whole gap, then it is right on average. Write `random_code(x, code, noise)`:
 #
 # - `code` is an ascending table, and each number of `x` lies between its first and its last value;
-# - with neighbours $a \le x \le b$ in the table, the code of $b$ is taken where `noise` is below $(x - a) / (b - a)$, otherwise that of $a$;
+# - with neighbours $a \le x \le b$ in the table, the code of $b$ is taken where `noise` is below $(x - a) / (b - a)$, otherwise
+#   that of $a$;
 # - a number that is itself a value gets that value's code;
 # - the codes are `uint8`, in the shape of `x`. Nothing that was given is changed.
 #
@@ -482,7 +503,8 @@ print("0.25 between the values 0 and 1, eight times:", above.float().tolist(), "
 # %% [markdown]
 # <details><summary>Which function finds the neighbours?</summary>
 #
-# `torch.searchsorted(code, x)` returns the index of the first value that is not below `x`. That is $b$; $a$ stands before it. Clamp it, so that both exist.
+# `torch.searchsorted(code, x)` returns the index of the first value that is not below `x`. That is $b$; $a$ stands before it.
+# Clamp it, so that both exist.
 # </details>
 
 
@@ -532,15 +554,18 @@ for beta2 in (0.999, 0.99, 0.95):
     )
 
 # %% [markdown]
-# *What to see.* Rounded at random, the mean is right for every $\beta_2$, and the price is noise: the number behind ±. A smaller $\beta_2$ alone does not help here. The moment sinks until the gaps
-# are too wide, sticks there, and is then too large by even more. Sixteen bits do not solve it either: bf16 keeps 8 significant bits, whose half gap is also more than a thousandth.
+# *What to see.* Rounded at random, the mean is right for every $\beta_2$, and the price is noise: the number behind ±. A
+# smaller $\beta_2$ alone does not help here. The moment sinks until the gaps are too wide, sticks there, and is then too large
+# by even more. Sixteen bits do not solve it either: bf16 keeps 8 significant bits, whose half gap is also more than a
+# thousandth.
 #
-# bitsandbytes rounds to the nearest. torchao's optimizers can round at random, but the *parameters*, where they are kept in bf16: there, too, small changes are lost.
+# bitsandbytes rounds to the nearest. torchao's optimizers can round at random, but the *parameters*, where they are kept in
+# bf16: there, too, small changes are lost.
 #
 # ## 6. On a real model
 #
-# Train the last two decoder layers of SmolLM2 on reviews, with AdamW and with yours. Beside yours, the exact second moments of the same gradients are kept in fp32, so that both can be
-# compared at the end. About two minutes on two quiet CPU cores.
+# Train the last two decoder layers of SmolLM2 on reviews, with AdamW and with yours. Beside yours, the exact second moments of
+# the same gradients are kept in fp32, so that both can be compared at the end. About two minutes on two quiet CPU cores.
 
 # %% tags=["experiment"]
 from peftlab import tasks
@@ -610,12 +635,14 @@ zero = torch.zeros((), device=device)
 print(f"and zero is stored as {dynamic_code(False, device)[nearest_code(zero, False).int()]:.1e} of the absmax")
 
 # %% [markdown]
-# *What to see.* In so short a run both train alike. Where $v$ is near its block's absmax, the stored one is nearly right. The smaller it is beside the absmax, the further it is off. (On a CPU
-# the smallest values are mixed up, in bitsandbytes as here: see `nearest_code`. On a GPU zero is zero.)
+# *What to see.* In so short a run both train alike. Where $v$ is near its block's absmax, the stored one is nearly right. The
+# smaller it is beside the absmax, the further it is off. (On a CPU the smallest values are mixed up, in bitsandbytes as here:
+# see `nearest_code`. On a GPU zero is zero.)
 #
 # ## 7. The same thing in bitsandbytes
 #
-# Is it *that* optimizer, or something like it? The same parameters, the same gradients, thirty steps, on this machine's CPU; then what was measured on GPUs.
+# Is it *that* optimizer, or something like it? The same parameters, the same gradients, thirty steps, on this machine's CPU;
+# then what was measured on GPUs.
 
 # %% tags=["experiment"]
 from peftlab import gpu
@@ -645,15 +672,18 @@ for card, found in gpu.proofs("AdamW8bit against bitsandbytes").items():
 assert apart["bitsandbytes"] <= apart["fp32"] / 10, "your optimizer and the library's have parted ways: run the checks again"
 
 # %% [markdown]
-# *What to see.* On the CPU yours and bitsandbytes' go the same way, to the last bit. On a GPU bitsandbytes has another kernel: by its source it decays a weight after
-# the update, and keeps the sign of a moment that rounds to zero. The difference is a hundredth of that to AdamW in fp32, which is the price of eight bits.
+# *What to see.* On the CPU yours and bitsandbytes' go the same way, to the last bit. On a GPU bitsandbytes has another kernel:
+# by its source it decays a weight after the update, and keeps the sign of a moment that rounds to zero. The difference is a
+# hundredth of that to AdamW in fp32, which is the price of eight bits.
 #
-# One difference is a policy. Embeddings trained in full are less stable in eight bits (Dettmers et al. 2022, section 2.3), and bitsandbytes lets you keep their moments in 32.
+# One difference is a policy. Embeddings trained in full are less stable in eight bits (Dettmers et al. 2022, section 2.3), and
+# bitsandbytes lets you keep their moments in 32.
 #
 # ## 8. Bug hunt  ·  2 points, about 15 minutes
 #
-# *After PyTorch issue 43706 and torchao issue 3314.* A run is saved after ten steps and goes on later. Nothing fails, but it is not the run that it would have been. Here are twenty steps
-# in one go, and twenty with a pause, with parameters in bf16 and in fp32:
+# *After PyTorch issue 43706 and torchao issue 3314.* A run is saved after ten steps and goes on later. Nothing fails, but it is
+# not the run that it would have been. Here are twenty steps in one go, and twenty with a pause, with parameters in bf16 and in
+# fp32:
 
 
 # %%
@@ -691,8 +721,9 @@ def show_resumed(load: Callable[[torch.optim.Optimizer, dict], None]) -> None:
 show_resumed(lambda optimizer, saved: optimizer.load_state_dict(saved))
 
 # %% [markdown]
-# `load_state_dict` takes every floating-point parameter's state to the *parameter's* dtype. It does so on purpose: a state saved by one model may be loaded into the same model in another dtype.
-# For an optimizer whose state has dtypes of its own, that is wrong. With fp32 the codes survive, as numbers of four bytes each. With bf16 absmax and small moments are rounded.
+# `load_state_dict` takes every floating-point parameter's state to the *parameter's* dtype. It does so on purpose: a state
+# saved by one model may be loaded into the same model in another dtype. For an optimizer whose state has dtypes of its own,
+# that is wrong. With fp32 the codes survive, as numbers of four bytes each. With bf16 absmax and small moments are rounded.
 # bitsandbytes has a loader of its own for this reason.
 #
 # Write `load_as_saved(optimizer, saved)`, for any optimizer. It loads the state dict `saved`, and afterwards
@@ -704,7 +735,8 @@ show_resumed(lambda optimizer, saved: optimizer.load_state_dict(saved))
 #
 # <details><summary>How do I know which state belongs to which parameter?</summary>
 #
-# In a state dict parameters are numbers. `saved["param_groups"]` lists them, group by group, in the order of `optimizer.param_groups`. `saved["state"]` has those that have a state.
+# In a state dict parameters are numbers. `saved["param_groups"]` lists them, group by group, in the order of
+# `optimizer.param_groups`. `saved["state"]` has those that have a state.
 # </details>
 # <details><summary>The check says that what was cast is cast back</summary>
 #
@@ -735,38 +767,49 @@ show_resumed(load_as_saved)
 # %% [markdown]
 # ## 9. In your own words  ·  2 points, marked by hand
 #
-# A team trains all weights of a model for 20,000 steps. To save memory they change from AdamW to AdamW in eight bits, with the same settings. For some hundred steps both runs agree. Later the gradients
-# become small, except in a few rows of each matrix. From there on the new run learns more slowly. Someone raises the learning rate, and that helps in part.
+# A team trains all weights of a model for 20,000 steps. To save memory they change from AdamW to AdamW in eight bits, with the
+# same settings. For some hundred steps both runs agree. Later the gradients become small, except in a few rows of each matrix.
+# From there on the new run learns more slowly. Someone raises the learning rate, and that helps in part.
 #
-# In about 120 words: what has happened to $v$, and why did nothing show in the beginning? Why does a higher rate help only in part? What would you change, and what does it cost in bytes? Refer to at
-# least two numbers that you measured in this unit.
+# In about 120 words: what has happened to $v$, and why did nothing show in the beginning? Why does a higher rate help only in
+# part? What would you change, and what does it cost in bytes? Refer to at least two numbers that you measured in this unit.
 
 # %% [markdown] nbgrader={"grade": true, "grade_id": "slower", "locked": false, "points": 2, "schema_version": 3, "solution": true, "task": false}
 # ### BEGIN SOLUTION
-# **Rubric.** *1 point: the cause.* With $\beta_2 = 0.999$ a step takes a thousandth of $v$, less than half a gap, so its code cannot sink (section 4: 0 of 255 values). It follows its block's absmax, which the few
-# rows with large gradients keep up. $v$ is too large, and steps are too short by the root of the factor. In the beginning nothing shows because $v$ in fp32 forgets slowly, too. *1 point: rate and
-# remedy.* The rate is one number for all, and the factor differs from number to number: where $v$ is right, the steps become too long. Round $v$ at random (no bytes, some noise), or keep $v$ in fp32 (4 bytes in
-# place of about 1) at least for such tensors. Half points for either part without a number.
+# **Rubric.** *1 point: the cause.* With $\beta_2 = 0.999$ a step takes a thousandth of $v$, less than half a gap, so its code
+# cannot sink (section 4: 0 of 255 values). It follows its block's absmax, which the few rows with large gradients keep up. $v$
+# is too large, and steps are too short by the root of the factor. In the beginning nothing shows because $v$ in fp32 forgets
+# slowly, too. *1 point: rate and remedy.* The rate is one number for all, and the factor differs from number to number: where
+# $v$ is right, the steps become too long. Round $v$ at random (no bytes, some noise), or keep $v$ in fp32 (4 bytes in place of
+# about 1) at least for such tensors. Half points for either part without a number.
 #
-# **A full answer.** $v$ sticks. One step changes it by a thousandth, rounding takes that back, and no value of the type can sink by itself. Its code is multiplied by the block's absmax, and the busy rows keep that
-# high: in section 4 $v$ was 9 times too large after 1,500 steps, so steps were a third as long as they should be. In the first hundred steps the exact $v$ has not sunk yet, so both runs agree. A higher rate lengthens all
-# steps, also where $v$ is right. I would round $v$ at random: the same bytes, and in section 5 the mean was right, with some noise. Or keep $v$ in fp32: five bytes of state a parameter where we had two.
+# **A full answer.** $v$ sticks. One step changes it by a thousandth, rounding takes that back, and no value of the type can
+# sink by itself. Its code is multiplied by the block's absmax, and the busy rows keep that high: in section 4 $v$ was 9 times
+# too large after 1,500 steps, so steps were a third as long as they should be. In the first hundred steps the exact $v$ has not
+# sunk yet, so both runs agree. A higher rate lengthens all steps, also where $v$ is right. I would round $v$ at random: the
+# same bytes, and in section 5 the mean was right, with some noise. Or keep $v$ in fp32: five bytes of state a parameter where
+# we had two.
 #
-# **An answer worth one point.** The second moment is stored too coarsely, so small changes are lost and the steps are too small. I would use 32 bits for it.
+# **An answer worth one point.** The second moment is stored too coarsely, so small changes are lost and the steps are too
+# small. I would use 32 bits for it.
 # ### END SOLUTION
 
 # %% [markdown]
 # ## What you have now
 #
-# An optimizer that equals bitsandbytes' to the bit on a CPU. What it saves, in bytes, and why a peak may hide it. A second moment that sticks, with the gap that holds it and the noise that frees it. And a
-# loader that brings back what was saved.
+# An optimizer that equals bitsandbytes' to the bit on a CPU. What it saves, in bytes, and why a peak may hide it. A second
+# moment that sticks, with the gap that holds it and the noise that frees it. And a loader that brings back what was saved.
 #
 # ## Sources
 #
-# - Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861; the data type: Dettmers (2015), arXiv 1511.04561.
+# - Dettmers et al. (2022), *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861; the data type: Dettmers (2015),
+#   arXiv 1511.04561.
 # - Dettmers et al. (2023), *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv 2305.14314: section 3 has paged optimizers.
-# - Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, arXiv 1412.6980; Loshchilov and Hutter (2019), *Decoupled Weight Decay Regularization*, arXiv 1711.05101.
+# - Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, arXiv 1412.6980; Loshchilov and Hutter (2019),
+#   *Decoupled Weight Decay Regularization*, arXiv 1711.05101.
 # - Gupta et al. (2015), *Deep Learning with Limited Numerical Precision*, arXiv 1502.02551: rounding at random.
-# - PyTorch issue [43706](https://github.com/pytorch/pytorch/issues/43706) and pull request [3658](https://github.com/pytorch/pytorch/pull/3658) (why the state is cast); torchao issue
+# - PyTorch issue [43706](https://github.com/pytorch/pytorch/issues/43706) and pull request
+#   [3658](https://github.com/pytorch/pytorch/pull/3658) (why the state is cast); torchao issue
 #   [3314](https://github.com/pytorch/ao/issues/3314). torchao's `bf16_stochastic_round` rounds parameters at random.
-# - The model: Allal et al. (2025), *SmolLM2*, arXiv 2502.02737. The reviews: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and Lee (2005).
+# - The model: Allal et al. (2025), *SmolLM2*, arXiv 2502.02737. The reviews: Hutto and Gilbert (2014), *VADER*, ICWSM; Pang and
+#   Lee (2005).

@@ -76,3 +76,14 @@ def test_something_is_predicted(unit):
     waiting = r"^[a-z]\w*(, \w+)* = None(, None)*  # |: None,|: \"\","
     guesses = [cell.source for cell in code_cells(unit) if re.search(waiting, cell.source, re.MULTILINE)]
     assert guesses, "a prediction is a cell in which `None` waits for a guess"
+
+
+PROSE = 128
+UNBREAKABLE = ("# %%", "# |", "# $$", "# <details>")
+
+
+@pytest.mark.parametrize("unit", units())
+def test_prose_is_wrapped(unit):
+    lines = master_path(unit).read_text(encoding="utf-8").splitlines()
+    prose = [line for line in lines if line.startswith("# ") and not line.startswith(UNBREAKABLE)]
+    assert not [line for line in prose if len(line) > PROSE]

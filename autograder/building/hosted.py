@@ -1,7 +1,7 @@
 """What a notebook needs on Colab and Kaggle, where it arrives alone: badges that open it, and a cell that installs the course.
 
 `autograder.building.build` puts them into every notebook, if pyproject.toml says under [project.urls] where the repository is.
-Without an address there are none: a notebook must not install what somebody else may have put at a place that we only guess.
+Without an address a notebook gets neither: it must not install what somebody else may have put at a place that we only guess.
 `python -m autograder.building.hosted` writes the git remote's address there.
 """
 
@@ -42,7 +42,7 @@ colab.prepare()"""
 
 
 def address() -> str | None:
-    """Return the repository's address, such as https://github.com/someone/course, or None if there is none."""
+    """Return the repository's address, such as https://github.com/someone/course, or None if pyproject.toml has no address."""
     return tomllib.loads(PYPROJECT.read_text())["project"].get("urls", {}).get("Repository")
 
 
@@ -62,7 +62,7 @@ def remote() -> str:
     """Return the address of the git remote `origin`, as a browser takes it.
 
     Raises:
-        LookupError: if there is none on GitHub.
+        LookupError: if the remote is missing or is not on GitHub.
     """
     command = ["git", "config", "--get", "remote.origin.url"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

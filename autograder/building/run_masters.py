@@ -3,7 +3,7 @@
     python -m autograder.building.run_masters            at full length; the results rows go into the course
     python -m autograder.building.run_masters 08_lora    the same for one unit
 
-On a GPU the rows go to `peftlab/measured/gpu/NAME OF THE GPU`, and those from a CPU, of which the text speaks, stay. The tests
+On a GPU the rows go to `peftlab/measured/gpu/NAME OF THE GPU`, and those from a CPU, which the text describes, stay. The tests
 use `run` with the experiments cut short (`PEFTLAB_SHORT`, see `peftlab.settings`).
 """
 

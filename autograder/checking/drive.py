@@ -186,7 +186,7 @@ def describe_error(error: BaseException) -> str:
 
     Where the driver failed on what the answer returned, it says so: nothing in the student's code has raised.
 
-    It stands alone, for it also travels to the student's kernel as source.
+    It stands alone, because it also travels to the student's kernel as source.
     """
     import linecache
     import os

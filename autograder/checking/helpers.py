@@ -31,7 +31,7 @@ def attempt(call, *arguments):
     """Return "nothing" if the call raises nothing, else `TypeName: message`.
 
     Raises:
-        NotImplementedError: if the call does, for then the answer has not been written yet.
+        NotImplementedError: if the call does: then the answer has not been written yet.
     """
     try:
         call(*arguments)

@@ -154,8 +154,9 @@ class Judge(ABC):
     def diagnose(self, observed: list[Observation], expected: list[Observation], cases: list[dict]) -> str | None:
         """Return the sentence of the mistake that explains the observations, or None.
 
-        Best is a mistake that gives these very observations. Where two were made at once there is none; then one whose
-        first wrong field, in every case, is the same and has the same value. A process's peak is noisy and tells nothing there.
+        Best is a mistake that gives these very observations. An answer with two mistakes gives those of no single one; then it
+        is a mistake whose first wrong field, in every case, is the same and has the same value. A process's peak is noisy and
+        tells nothing there.
         """
         wrong_fields = {
             number: name

@@ -342,7 +342,7 @@ def execution_key(notebook: NotebookNode, unit: str) -> str:
 
 @cache
 def unit_version(unit: str) -> str:
-    """Return a digest of what a mark depends on besides the submission: grader, checks, `peftlab`, master, limits, torch."""
+    """Return a digest of what a mark depends on apart from the submission: grader, checks, `peftlab`, master, limits, torch."""
     import peftlab
 
     rooms = [Path(__file__).parents[1] / room for room in ROOMS]

@@ -332,7 +332,7 @@ def _swept(folder: Path) -> list[str]:
 
 
 def _within(seconds: float, work: Callable[[], Execution]) -> Execution:
-    """Return what `work` returns, unless it takes longer: then it is left alone, for the others' sake.
+    """Return what `work` returns, unless it takes longer: then it is left alone, so that the others go on.
 
     Raises:
         TimeoutError: if it does. Every cell has its own limit; this one is for what nobody has thought of.

@@ -330,7 +330,7 @@ def _may_be_a_notebook(name: str, content: bytes) -> bool:
 def _readable(
     files: dict[str, bytes], names: Iterable[str], unit: str
 ) -> tuple[dict[str, NotebookNode], dict[str, UnusableError]]:
-    """Return the notebooks among these files, the best known names first, and why the others are none."""
+    """Return the notebooks among these files, the best known names first, and why the others cannot be read."""
     read, unreadable = {}, {}
     order = sorted(names, key=lambda name: (PurePosixPath(name).name != f"{unit}.ipynb", name.count("/"), name))
     for name in order[:NOTEBOOKS]:

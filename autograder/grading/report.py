@@ -1,7 +1,7 @@
 """What the instructor reads in the morning: `report/UNIT.md` for each unit, and `report/grades.csv` for all units.
 
 The table has the columns of nbgrader's own export, and two more: what became of the submission, and how many points wait for a
-person. nbgrader's writes 0 for whoever has no mark; here there is none, and the status says why.
+person. nbgrader's file has 0 for students without a mark; here the mark stays empty, and the status says why.
 """
 
 import contextlib

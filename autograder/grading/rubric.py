@@ -1,4 +1,4 @@
-"""The rubric and the sample answers, shown to whoever marks a written question in formgrader, and to nobody else."""
+"""The rubric and the sample answers, shown to the person who marks a written question in formgrader, and to nobody else."""
 
 from functools import cache
 

@@ -117,7 +117,7 @@ def repaired(
         submitted: cells in the form that they should have (`intake.plain_cell`).
         experiments: ids and sources of cells that are tagged as experiments again, should they have lost their tags.
         prompts: the words above and below the answer of a written question, by the answer's id.
-        given: the words of each cell that the unit gives, besides the released ones.
+        given: the words of each cell that the unit gives, in addition to the released ones.
 
     Raises:
         UnusableError: if no exercise of the unit is among the cells: then there is nothing to judge.

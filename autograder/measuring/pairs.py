@@ -155,7 +155,7 @@ def nf4_of(unit: ModuleType, weight: Tensor, dtype: torch.dtype) -> nn.Module:
 
 
 def replace_with_linear4bit(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Put bitsandbytes' 4-bit layers into transformers' model, in the place of its linear ones; peft is told."""
+    """Put bitsandbytes' 4-bit layers into transformers' model instead of its linear ones; peft is told."""
     library = bitsandbytes()
     for name, linear in list(model.named_modules()):
         parent, _, own_name = name.rpartition(".")
@@ -200,7 +200,7 @@ def prefix_pair(device: torch.device, dtype: torch.dtype) -> Pair:
 
 
 def adapter_pair(device: torch.device, dtype: torch.dtype) -> Pair:
-    """Return Houlsby's adapters, of which peft has none, beside hooks on transformers' model that compute them: unit 07."""
+    """Return Houlsby's adapters, which peft does not have, beside hooks on transformers' model that compute them: unit 07."""
     ours, theirs = two_models(SMALL)
     theirs.requires_grad_(False)
     load_reference("07_adapters").add_adapters(ours, 8)

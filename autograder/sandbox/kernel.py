@@ -169,7 +169,7 @@ def prepare_kernel() -> None:
     get_ipython().events.register("post_execute", mend)
 
 
-# Among names of its own, for the student's may be called `list` or `globals`.
+# Among names of its own, because the student's may be called `list` or `globals`.
 _PREPARING = f"exec({inspect.getsource(prepare_kernel) + 'prepare_kernel()'!r}, {{}})"
 
 

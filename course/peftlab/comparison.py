@@ -188,7 +188,7 @@ def machine(row: Row) -> str:
 
 
 def own_rows(folders: Iterable[Path] | None = None) -> list[Row]:
-    """Return the rows that this reader has measured, in any unit; say which files are none, and leave these out.
+    """Return the rows that this reader has measured, in any unit; say which files are not rows, and leave these out.
 
     Args:
         folders: results folders. By default those that `fine_tune` writes to: the one that `PEFTLAB_RESULTS` names, or

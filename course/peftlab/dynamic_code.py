@@ -31,7 +31,7 @@ def dynamic_code(signed: bool = True, device: torch.device | str | None = None) 
 @cache
 def _on_cuda(signed: bool, device: torch.device) -> Tensor:
     """Return the values on a GPU: made once, because each copy from the host waits until the GPU has done its work."""
-    with torch.inference_mode(False):  # or whoever trains later could not use what inference has made
+    with torch.inference_mode(False):  # or training could not use later what inference has made
         return torch.tensor(_VALUES[signed], device=device)
 
 
@@ -47,7 +47,7 @@ def nearest_code(x: Float[Tensor, "..."], signed: bool = True) -> UInt8[Tensor, 
     if x.device.type != "cpu":
         code = dynamic_code(signed, x.device)
         return torch.bucketize(x, 0.5 * (code[:-1] + code[1:])).to(torch.uint8)
-    position = ((x + 1) * 0.5).double() * 65535 + 0.5  # in fp64, for the kernel's fused multiply-add rounds once
+    position = ((x + 1) * 0.5).double() * 65535 + 0.5  # in fp64, because the kernel's fused multiply-add rounds once
     return _table(signed)[position.float().long()]
 
 

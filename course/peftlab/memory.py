@@ -251,7 +251,7 @@ def tensors_of_step(
 
 
 def whole_storage(tensor: Tensor) -> Tensor:
-    """Return all the bytes that a tensor keeps alive, of which it may show a part or show some several times."""
+    """Return all the bytes that a tensor keeps alive; it may show a part of them, or show some several times."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
 

@@ -90,7 +90,7 @@ def save(row: Row) -> Path:
 
 
 def load(unit: str, folder: Path | None = None) -> list[Row]:
-    """Return the rows of a unit, from this reader's results folder or from `folder`; none if there are none.
+    """Return the rows of a unit, from this reader's results folder or from `folder`; an empty list if it has none.
 
     A file that is no row is left alone and reported with a warning.
     """

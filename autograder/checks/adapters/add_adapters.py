@@ -114,7 +114,7 @@ def read_add_adapters(observation: Observation, case: dict) -> Observation:
 
 
 def add_tolerance(case: dict) -> dict[str, float]:
-    """The adapted model does the same operations in the same order whoever put it together, up to an addition or two.
+    """The adapted model does the same operations in the same order in every right answer, up to an addition or two.
 
     Logits here are of size 1 to 30, gradients of up to 100; a wrong order of two operations moves them in the first digits.
     """

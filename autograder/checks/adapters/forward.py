@@ -148,7 +148,7 @@ def adapter_tolerance(case: dict) -> dict[str, float]:
     more; its slope in turn changes by at most 0.8 times the error. The sums of |terms| come from the formulas on absolute
     values. In half precision that bound is wider than 1%. There, output and gradients are held against exact ones on average
     too: each of the k roundings on the way to a number moves it by at most u of its size, up or down, so that a mean over n
-    numbers has a standard deviation below sqrt(k / (3 n)) * u, of which we allow six. The smallest n is a weight's.
+    numbers has a standard deviation below sqrt(k / (3 n)) * u, and we allow six of these. The smallest n is a weight's.
     """
     down, down_bias, up, up_bias, h, g = (
         case[name].double().abs().flatten(0, -2 if case[name].dim() > 1 else -1)

@@ -122,7 +122,7 @@ check_inject = Exercise(
     driver=drive_inject,
     reading=read_inject,
     tolerance=lambda case: {
-        # The wrapped model does the same operations in the same order whoever wrapped it: only the norm's gains are large.
+        # The wrapped model does the same operations in the same order in every right answer: only the norm's gains are large.
         "the model's output afterwards": 1e-4,
     },
     mistakes={

@@ -95,7 +95,7 @@ def drive_batched_lora(BatchedLoRA, weight, bias, A, B, x, scaling, swaps):
     layer.write(0, *first, scaling)
     layer.write(1, *second, 2 * scaling)
     layer.write(2, *third, scaling)
-    first[0].zero_(), first[1].zero_()  # whoever keeps the given tensors has lost them now
+    first[0].zero_(), first[1].zero_()  # an answer that keeps the given tensors has lost them now
     outputs["with adapters of ranks 4, 2 and 3"] = layer(x).detach().clone()
     refused = "nothing"
     try:

@@ -90,7 +90,7 @@ def drive_attention(PrefixAttention, weights, keys, values, x, output_gradient, 
 
 
 def read_attention(observation: Observation, case: dict) -> Observation:
-    """In 16 bits, hold the tensors against what they are in double precision."""
+    """In 16 bits, compare the tensors with what they are in double precision."""
     return relative_errors(observation, case["exact"]) if case["x"].dtype in LOW_PRECISION else observation
 
 

@@ -92,7 +92,7 @@ def drive_from_tokens(prefix_from_tokens, weights, input_ids, kv_heads, layers, 
 
 
 def read_from_tokens(observation: Observation, case: dict) -> Observation:
-    """In 16 bits, hold the tensors against what they are in double precision."""
+    """In 16 bits, compare the tensors with what they are in double precision."""
     return relative_errors(observation, case["exact"]) if case["weights"].dtype in LOW_PRECISION else observation
 
 

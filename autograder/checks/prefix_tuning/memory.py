@@ -101,7 +101,7 @@ _SAVED = "bytes that forward saves for backward (other than x and the weights)"
 
 
 def read_memory(observation: Observation, case: dict) -> Observation:
-    """Count the bytes of the tensors that came back; in 16 bits, hold the gradients against what they are in double precision."""
+    """Count the bytes of the tensors that came back; in 16 bits, compare the gradients with those in double precision."""
     read = {name: value for name, value in observation.items() if name.startswith("the gradient of")}
     if case["x"].dtype in LOW_PRECISION:
         read = relative_errors(read, case["exact"])

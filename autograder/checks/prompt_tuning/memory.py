@@ -70,7 +70,7 @@ def read_memory(observation: Observation, case: dict) -> Observation:
 def memory_tolerance(case: dict) -> dict[str, float]:
     """Return by how much a sparing answer may exceed the spec's bytes.
 
-    For the saved tensors, two copies of the embedded sequence, with the int64 indices, for whoever sorts it before and after; and
+    For the saved tensors, two copies of the embedded sequence, with the int64 indices, for answers that sort it before and after; and
     where there is no mask, one of ones with each row's own cos and sin, fp32, for eight features a head, and the (seq, seq) mask
     that comes of it.
     """

@@ -71,7 +71,7 @@ def drive_nf4_memory(
         tracker.track_external(layer, x, output_gradient, packed, levels, *statistics)
         with tracker:
             start = tracker.bytes_by_category("current")["Total"]
-            output = layer(x * 1)  # whoever keeps this keeps what nobody else does
+            output = layer(x * 1)  # an answer that keeps this keeps what nothing else does
             after_forward = tracker.bytes_by_category("current")["Total"]
             output.backward(output_gradient)
             peak = tracker.bytes_by_category("peak")["Total"]

@@ -14,7 +14,7 @@ from autograder.checks.qlora.qlora_layer import QLoRALinear
 def qlora(
     model: nn.Module, quantize: Callable, rank: int = 8, alpha: float = 16.0, dtype: torch.dtype = torch.float32
 ) -> list[str]:
-    """Freeze the model; put LoRA on a quantized base in the place of every linear layer of its decoder layers."""
+    """Freeze the model; replace every linear layer of its decoder layers by LoRA on a quantized base."""
     model.requires_grad_(False)
     names = []
     for number, decoder_layer in enumerate(model.model.layers):

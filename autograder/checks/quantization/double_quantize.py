@@ -32,7 +32,7 @@ def double_case(generator: torch.Generator, low: int = 530, high: int = 700) -> 
     """Return absmax on a grid of 1024ths, three blocks with the last not full, none of it near to the boundary of two codes.
 
     The sum is then exact in any order, and the mean rounded once, the same for everyone. Where bitsandbytes' table does not
-    give the nearest code, there is no number: whoever looks for the nearest is right, too.
+    give the nearest code, there is no number: an answer that looks for the nearest is right, too.
     """
     values = dynamic_code().double()
     count = between(generator, low, high)

@@ -26,7 +26,7 @@ def nf4_levels() -> Tensor:
 
 
 def levels_case(generator: torch.Generator, bits: int) -> dict:
-    """Return an outermost probability that is not NF4's: whoever has copied the table has not derived it."""
+    """Return an outermost probability that is not NF4's: an answer with a copied table has not derived it."""
     return {"bits": bits, "outermost": 0.93 + 0.05 * torch.rand((), generator=generator).item()}
 
 

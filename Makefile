@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site grade feedback class prove try fuzz sandbox browser format clean
+.PHONY: help setup lab test build experiments comparison fresh gpu benchmark site collect grade feedback class prove try fuzz sandbox browser format clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ benchmark: $(READY) ## time and memory of LoRA against peft, and of QLoRA agains
 
 site: $(READY) ## run the masters and render the course as HTML in site/ (PEFTLAB_SHORT=1 for a quick one)
 	$(BIN)/python -m autograder.building.site
+
+collect: $(READY) ## sort what Moodle, Canvas or Blackboard gave out (ARCHIVE=download.zip UNIT=08_lora) into submitted/
+	$(BIN)/python -m autograder.grading.lms "$(ARCHIVE)" $(UNIT)
 
 grade: $(READY) sandbox ## grade the submissions of UNIT, or of all units, and write report/
 	$(BIN)/python -m autograder.grading.grade $(UNIT) $(OPTIONS)

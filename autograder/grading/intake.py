@@ -101,7 +101,7 @@ def layout(names: Iterable[str]) -> str:
     }
     for pattern, system in said.items():
         if any(re.fullmatch(pattern, name, re.IGNORECASE) for name in names):
-            return f"{system}: for each, make a folder STUDENT/UNIT/ and move the notebook or the archive there."
+            return f"{system}: let `make collect ARCHIVE=... UNIT=...` sort what it let you download."
     if any(name.lower().endswith(ARCHIVES) for name in names):
         return "Unpack an archive that holds a whole class, and give each student a folder STUDENT/UNIT/."
     return ""

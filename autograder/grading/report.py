@@ -1,4 +1,5 @@
 """What the instructor reads in the morning: `report/UNIT.md` for each unit, and `report/grades.csv` for all units.
+If the submissions came from a learning management system, `report/UNIT_SYSTEM.csv` is what it takes back.
 
 The table has the columns of nbgrader's own export, and two more: what became of the submission, and how many points wait for a
 person. nbgrader's file has 0 for students without a mark; here the mark stays empty, and the status says why.
@@ -15,7 +16,7 @@ from pathlib import Path
 from nbgrader.api import Assignment, Grade, Gradebook, MissingEntry, SubmittedAssignment
 
 from autograder.building.build import course_config
-from autograder.grading import intake
+from autograder.grading import intake, lms
 from autograder.grading.records import Record
 
 SHOWN = 10
@@ -41,6 +42,9 @@ def write(unit: str, records: list[Record], root: Path) -> Path:
         writer.writeheader()
         writer.writerows(table)
     part.replace(folder / "grades.csv")
+    of_unit = [line for line in table if line["assignment"] == unit]
+    scores = {line["student_id"]: line["score"] if line.get("score", "") != "" else None for line in of_unit}
+    lms.write_grades(unit, scores, max((line["max_score"] for line in of_unit), default=0), root)
     return path
 
 

@@ -1,5 +1,6 @@
 """nbgrader's own names mapped on ours; everything else about grading lives in `autograder/`."""
 
+from nbconvert.exporters import TemplateExporter
 from nbgrader.converters import Autograde, BaseConverter, GenerateFeedback
 from nbgrader.preprocessors import (
     CheckCellMetadata,
@@ -11,6 +12,7 @@ from nbgrader.preprocessors import (
 )
 
 from autograder.building.page_style import StyleTables
+from autograder.grading import mathjax
 from autograder.grading.execute import ExecuteInSandbox
 from autograder.grading.literal_names import init_notebooks
 from autograder.grading.rubric import HideRubric, ShowRubric
@@ -19,6 +21,7 @@ from autograder.grading.sanitize import Repair
 c = get_config()
 
 BaseConverter.init_notebooks = init_notebooks
+TemplateExporter._create_environment = mathjax.create_environment
 
 c.CourseDirectory.course_id = "peft"
 c.CourseDirectory.source_directory = "solutions"

@@ -141,7 +141,7 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-2-70B"):
 # | recipe | a weight | a gradient | Adam's two moments | besides |
 # |---|---|---|---|---|
 # | `fp16` | 2 | 2 | 2 + 2 | |
-# | `8-bit Adam` | 2 | 2 | 1 + 1 | an fp32 scale for every 256 values, for each moment |
+# | `8-bit Adam` | 2 | 2 | 1 + 1 | an fp32 scale for every 256 values, for each moment (unit 15) |
 # | `bf16, fp32 moments` | 2 | 2 | 4 + 4 | |
 # | `mixed precision` | 2 | 2 | 4 + 4 | a master copy of the weights in fp32, part of the optimizer's state |
 # | `LoRA` | 2 | 2, of what is trained | 2 + 2, of what is trained | the trained factors are weights, too |

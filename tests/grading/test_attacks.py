@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(sandbox_problem() is not None, reason=f"no sandbox: {sandbox_problem()}"),
     pytest.mark.xdist_group("attacks"),  # one class for all
 ]
-LIMITS = Limits(cpu_seconds=15, wall_seconds=90, memory_bytes=3 * 2**30, scratch_bytes=2**28, file_bytes=2**27)
+LIMITS = Limits(cpu_seconds=6, wall_seconds=40, memory_bytes=3 * 2**30, scratch_bytes=2**28, file_bytes=2**27)
 
 UNUSABLE = {
     "empty": b"",

@@ -148,6 +148,4 @@ def test_every_package_of_checks_can_be_imported_from_the_kit(kit):
         [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
     )
     assert done.returncode == 0, done.stderr
-    assert len(modules) == len(
-        {importlib.import_module(exercise.driver.__module__).__package__ for exercise in EXERCISES.values()}
-    )
+    assert len(modules) == len({exercise.driver.__module__.split(".")[2] for exercise in EXERCISES.values()})

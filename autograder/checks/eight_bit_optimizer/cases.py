@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from autograder.checking.cases import EPS, between, normal
-from autograder.checks.eight_bit_optimizer.spec import from_8bit, to_8bit
-from peftlab.dynamic_code import dynamic_code, nearest_code
+from autograder.checks.eight_bit_optimizer.helpers import codes_of_our_own
+from peftlab.dynamic_code import nearest_code
 
 
 def _clear(x: Tensor, signed: bool) -> Tensor:
@@ -18,13 +18,36 @@ def _clear(x: Tensor, signed: bool) -> Tensor:
     return (same | (scaled.abs() == 1) | (largest == 0)).flatten()[: x.numel()].view(x.shape)
 
 
-def stands_for(codes: object, absmax: object, signed: bool) -> object:
-    """Return the numbers that codes stand for; or the codes, if they are no bytes with an absmax for every 256."""
+def _clear_of_ours(x: Tensor, signed: bool) -> Tensor:
+    """Return which values keep their code of `codes_of_our_own` if they, or the largest, are off by a ten-millionth or so."""
+    to_8bit = codes_of_our_own()["to_8bit"]
+    share = x / x.abs().max().clamp(min=1e-38)
+    margin = 1e-7 + 1e-6 * share.abs()
+    one = torch.ones(1)  # so that nothing is scaled again
+    below, above = (to_8bit(torch.cat([one, moved.clamp(-1, 1)]), signed)[0][1:] for moved in (share - margin, share + margin))
+    return (below == above) | (share.abs() == 1)
+
+
+def codes_that_count(codes: object, absmax: object) -> object:
+    """Return codes with 0 for those of blocks whose absmax is 0, which may be any; or as they are, if they are no such codes."""
     if not isinstance(codes, Tensor) or not isinstance(absmax, Tensor) or codes.dtype != torch.uint8 or absmax.dim() != 1:
         return codes
     if absmax.numel() != -(-codes.numel() // 256):
         return codes
-    return dynamic_code(signed)[codes.long()] * absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
+    counted = codes.flatten().clone()
+    for block, largest in enumerate(absmax):
+        if largest == 0:
+            counted[256 * block : 256 * (block + 1)] = 0
+    return counted.view(codes.shape)
+
+
+def stands_for(codes: object, absmax: object, signed: bool) -> object:
+    """Return the numbers that `codes_of_our_own` stand for; or the codes, if they are no bytes with an absmax for every 256."""
+    if not isinstance(codes, Tensor) or not isinstance(absmax, Tensor) or codes.dtype != torch.uint8 or absmax.dim() != 1:
+        return codes
+    if absmax.numel() != -(-codes.numel() // 256):
+        return codes
+    return codes_of_our_own()["from_8bit"](codes, absmax, signed)
 
 
 def codes_case(
@@ -82,7 +105,7 @@ def adamw_case(
     sizes = [torch.Size(shape).numel() for shape in shapes]
     betas = [0.8 + 0.15 * torch.rand((), generator=generator).item(), 0.7 + 0.2 * torch.rand((), generator=generator).item()]
     first, second = [torch.zeros(size) for size in sizes], [torch.zeros(size) for size in sizes]
-    gradients = []
+    ours, gradients = codes_of_our_own(), []
     for _ in range(steps):
         drawn = []
         for index, size in enumerate(sizes):
@@ -90,12 +113,12 @@ def adamw_case(
             while True:
                 m = betas[0] * first[index] + (1 - betas[0]) * gradient.float()
                 v = betas[1] * second[index] + (1 - betas[1]) * gradient.float() ** 2
-                clear = _clear(m, True) & _clear(v, False)
+                clear = _clear_of_ours(m, True) & _clear_of_ours(v, False)
                 if size < 4096 or clear.all():
                     break
                 gradient = torch.where(clear, gradient, scale * normal(generator, size, dtype=dtype))
             if size >= 4096:
-                m, v = from_8bit(*to_8bit(m, True), True), from_8bit(*to_8bit(v, False), False)
+                m, v = (ours["from_8bit"](*ours["to_8bit"](x, signed), signed) for x, signed in ((m, True), (v, False)))
             first[index], second[index] = m, v
             drawn.append(gradient)
         gradients.append(torch.cat(drawn))

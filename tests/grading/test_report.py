@@ -48,7 +48,7 @@ def hand_in(root, student, status=MARKED, auto=2.0, manual=None, extra=None, pen
 
 def table_of(root, records):
     report.write(UNIT, records, root)
-    with (root / "report" / "grades.csv").open(newreason="", encoding="utf-8") as file:
+    with (root / "report" / "grades.csv").open(newline="", encoding="utf-8") as file:
         return {line["student_id"]: line for line in csv.DictReader(file)}
 
 

@@ -174,7 +174,7 @@ def test_a_cache_gives_the_hidden_states_of_the_whole_row():
     caches = [KeyValueCache() for _ in ours.model.layers]
     with torch.no_grad():
         parts = [
-            ours.model.decode(x[:, start:stop], mask[:, :stop], torch.arange(start, stop), caches)
+            ours.model.run_layers(x[:, start:stop], mask[:, :stop], torch.arange(start, stop), caches)
             for start, stop in ((0, 4), (4, 5), (5, 9))
         ]
         torch.testing.assert_close(torch.cat(parts, 1), ours.model(input_ids), rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ says the same, without the spec, the mistakes' code and the variants.
 """
 
 import argparse
+import gc
 import inspect
 import re
 import shutil
@@ -97,6 +98,8 @@ def make(folder: Path, chosen: list[str], seeds: int = SEEDS) -> None:
         shutil.copy(Path(inspect.getfile(Exercise)).with_name(f"{name}.py"), package / "checking")
     (package / "checks").mkdir()
     (package / "checks" / "__init__.py").write_text('"""The checks, unit by unit."""\n', encoding="utf-8")
+    gc.collect()
+    gc.freeze()  # checks of memory collect garbage, and would look at all that is imported each time
     everything = {id(part) for unit in units() for exercise in exercises_of(unit) for part in exercise.spec}
     for unit in tqdm(chosen, desc="recording the checks", disable=None):
         _write_checks(package / "checks", unit, seeds, everything)

@@ -25,6 +25,8 @@ LIBRARY = (
     "autograder.checking.judging",
 )
 """Modules that a class receives as they are."""
+ENOUGH_BYTES = 6 * 2**20
+"""Of so many numbers there are no more seeds: the cases of measured memory are large."""
 
 
 class LeakError(ValueError):
@@ -32,7 +34,7 @@ class LeakError(ValueError):
 
 
 def record(exercise: Exercise, seeds: int) -> dict:
-    """Return what a `RecordedCheck` needs, apart from its code.
+    """Return what a `RecordedCheck` needs, apart from its code: of so many seeds, or fewer if they are large.
 
     Raises:
         RuntimeError: if the exercise's own answer raises here.
@@ -41,6 +43,8 @@ def record(exercise: Exercise, seeds: int) -> dict:
     wrong = [exercise.build(edits) for edits in exercise.mistakes.values()]
     recorded = []
     for seed in range(seeds):
+        if shared.size > ENOUGH_BYTES:
+            break
         cases = []
         for case in exercise.fresh_cases(seed):
             expected = exercise.expected(case)
@@ -65,6 +69,11 @@ class _Shared:
     """Makes equal tensors one: most of what a mistake gives is what a right answer gives."""
 
     known: dict[tuple, Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Of all of them, in bytes."""
+        return sum(tensor.nbytes for tensor in self.known.values())
 
     def once(self, value: object) -> object:
         """Return a value in which every tensor stands alone in memory, or for all its equals."""

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "grading")]
 
 from attacks import ALL, MERGE, SOLUTION, UNIT, WRONG_MERGE, hostile_to  # noqa: E402
 from autograder.grading.grade import Settings  # noqa: E402

@@ -19,7 +19,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "grading")]
 
 from autograder.checks.why_peft import EXERCISES  # noqa: E402
 from browser import CHROMIUM, SECONDS, NotebookPage, jupyterlab  # noqa: E402

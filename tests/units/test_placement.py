@@ -71,12 +71,13 @@ def test_a_tensor_left_on_the_cpu_is_found(checkpointing):
 @pytest.mark.parametrize("name", ["positions", "mask"])
 def test_a_tensor_made_on_the_cpu_in_forward_is_found(name, monkeypatch):
     model = prepared("bitfit", "")
-    decode = model.model.decode
+    run_layers = model.model.run_layers
 
     def careless(x, attention_mask=None, positions=None):
         made = {"positions": torch.arange(x.shape[1]), "mask": torch.ones(x.shape[:2], dtype=torch.long)}
-        return decode(x, made["mask"] if name == "mask" else attention_mask, made["positions"] if name == "positions" else None)
+        mask = made["mask"] if name == "mask" else attention_mask
+        return run_layers(x, mask, made["positions"] if name == "positions" else None)
 
-    monkeypatch.setattr(model.model, "decode", careless)
+    monkeypatch.setattr(model.model, "run_layers", careless)
     with pytest.raises(RuntimeError, match="device"):
         train_elsewhere(model, False)

@@ -25,7 +25,7 @@
 # 3. train a prefix through an MLP and throw the MLP away, and train one with gradient checkpointing, which libraries refuse.
 #
 # Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it in a second or so, on new
-# random numbers every time, and says what is wrong. Run the checks as often as you like.
+# random numbers every time, and says what is wrong.
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import inspect

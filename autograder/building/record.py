@@ -8,7 +8,7 @@ import inspect
 import io
 import symtable
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autograder.checking.exercise import Exercise
 from autograder.checking.judging import RAISED
+from autograder.checking.symbols import names_read
 
 LIBRARY = (
     "autograder.checking.cases",
@@ -166,12 +167,4 @@ def _bound(statement: ast.stmt) -> set[str]:
 
 def _needed(statement: ast.stmt) -> set[str]:
     """Return the names of the module that a statement reads, at once or when what it defines is called."""
-    return set(_read(symtable.symtable(ast.unparse(statement), "<statement>", "exec")))
-
-
-def _read(table: symtable.SymbolTable) -> Iterator[str]:
-    for symbol in table.get_symbols():
-        if symbol.is_referenced() and (table.get_type() == "module" or symbol.is_global()):
-            yield symbol.get_name()
-    for inside in table.get_children():
-        yield from _read(inside)
+    return set(names_read(symtable.symtable(ast.unparse(statement), "<statement>", "exec")))

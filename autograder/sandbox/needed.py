@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from IPython.core.inputtransformer2 import TransformerManager
 
+from autograder.checking.symbols import names_read
+
 WRAPPERS = ("%%time", "%%timeit", "%%capture", "%%prun")
 """Magics that run a cell as it is."""
 
@@ -87,7 +89,7 @@ def needed(cells: Sequence[str], names: Iterable[str], given: Iterable[str] = ()
 def _read(node: ast.stmt) -> Statement:
     table = symtable.symtable(ast.unparse(node), "<statement>", "exec")
     binds = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    statement = Statement(binds, set(_globals(table)))
+    statement = Statement(binds, set(names_read(table)))
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         statement.kind = "definition"
     elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -106,15 +108,6 @@ def _read(node: ast.stmt) -> Statement:
                 else:
                     statement.hands |= {(name, "") for name in _root(part.func)}
     return statement
-
-
-def _globals(table: symtable.SymbolTable) -> Iterator[str]:
-    """Yield the global names that a scope, or one inside it, reads."""
-    for symbol in table.get_symbols():
-        if symbol.is_referenced() and (table.get_type() == "module" or symbol.is_global()):
-            yield symbol.get_name()
-    for inside in table.get_children():
-        yield from _globals(inside)
 
 
 def _at_once(node: ast.AST) -> Iterator[ast.AST]:

@@ -8,6 +8,7 @@ import torch
 
 from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
+from autograder.checks.choosing.helpers import any_row
 from peftlab.comparison import chosen_rate
 from peftlab.results import Row
 
@@ -96,30 +97,12 @@ def compare_case(generator: torch.Generator, seeds: int = 3, few: int = 150, man
 
 def drive_compare(compare, pairs):
     """Compare two methods at a time."""
-    from peftlab.memory import StepMemory
-    from peftlab.results import Row
 
     def build(method, run):
         rate, seed, loss, score = run
-        return Row(
-            unit="any",
-            task="reviews",
-            method=method,
-            settings={"learning_rate": rate, "seed": seed, "steps": 20},
-            trainable_parameters=1,
-            total_parameters=2,
-            adapter_bytes=3,
-            memory=StepMemory(1, 2, 3, 4, 5),
-            seconds_per_step=1.0,
-            metric="accuracy",
-            score_before=0.5,
-            score_after=score,
-            forgetting=0.1,
-            losses=[2.0] * 10 + [loss] * 10,
-            versions={},
-            hardware="any",
-            short=False,
-        )
+        settings = {"learning_rate": rate, "seed": seed, "steps": 20}
+        losses = [2.0] * 10 + [loss] * 10
+        return any_row(task="reviews", method=method, settings=settings, score_after=score, losses=losses)
 
     seen = {}
     for label, first, second, test_rows in pairs:
@@ -151,6 +134,7 @@ check_compare = Exercise(
     spec=[compare],
     cases=lambda generator: [compare_case(generator)],
     driver=drive_compare,
+    helpers=[any_row],
     tolerance=compare_tolerance,
     mistakes={
         "runs at other learning rates count: only those at the chosen one do": {

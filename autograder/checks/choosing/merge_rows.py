@@ -6,6 +6,7 @@ import torch
 
 from autograder.checking.exercise import Exercise
 from autograder.checks.choosing.cases import dice
+from autograder.checks.choosing.helpers import any_row
 from peftlab.comparison import machine
 from peftlab.results import Row
 
@@ -104,29 +105,9 @@ def merge_case(generator: torch.Generator, several: int = 2) -> dict:
 
 def drive_merge(merge_rows, own, shipped, standard):
     """Build rows, merge them, and return which of them are found where, by their labels."""
-    from peftlab.memory import StepMemory
-    from peftlab.results import Row
 
     def build(line):
-        return Row(
-            unit="any",
-            task=line["task"],
-            method=line["method"],
-            settings=line["settings"],
-            trainable_parameters=1,
-            total_parameters=2,
-            adapter_bytes=3,
-            memory=StepMemory(1, 2, 3, 4, 5),
-            seconds_per_step=1.0,
-            metric="accuracy",
-            score_before=0.5,
-            score_after=0.9,
-            forgetting=0.1,
-            losses=[1.0] * 20,
-            versions={"label": line["label"]},
-            hardware=line["hardware"],
-            short=line["short"],
-        )
+        return any_row(**{name: line[name] for name in line if name != "label"}, versions={"label": line["label"]})
 
     lists = [build(line) for line in own], [build(line) for line in shipped]
     merged = merge_rows(*lists, standard)
@@ -144,6 +125,7 @@ check_merge_rows = Exercise(
     spec=[merge_rows],
     cases=lambda generator: [merge_case(generator)],
     driver=drive_merge,
+    helpers=[any_row],
     mistakes={
         "short rows are kept: their figures mean nothing": {"row.short or ": ""},
         "variants are kept: only a method's standard form is compared here": {'row.settings.get("variant", "") != "" or ': ""},

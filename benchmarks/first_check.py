@@ -48,7 +48,7 @@ def first_check(repository: str, folder: Path) -> None:
     with step("git clone"):
         subprocess.run(["git", "clone", "--quiet", repository, clone], check=True)
     with step("make lab: virtual environment, packages, model, texts"):
-        subprocess.run(["make", "--silent", "setup"], cwd=clone, check=True)
+        subprocess.run(["make", "--silent", ".venv/.lab"], cwd=clone, check=True)
     with sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
         page.set_default_timeout(SECONDS * 1000)

@@ -1,5 +1,6 @@
 """The project's own files agree with each other."""
 
+import json
 import os
 import re
 import subprocess
@@ -80,6 +81,17 @@ def test_workers_keep_the_groups(request):
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PYPROJECT["project"]["version"] and citation["license"] == PYPROJECT["project"]["license"]
+
+
+def test_containers_are_made_of_files_and_extras_that_there_are():
+    image = (ROOT / "Dockerfile").read_text()
+    for copied in re.findall(r"^COPY (?!--)(.+) \./$", image, re.MULTILINE):
+        assert all((ROOT / name).is_file() for name in copied.split())
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    named = re.findall(r"EXTRAS=([\w,]+)", image + (ROOT / "docs" / "in_a_container.md").read_text())
+    assert named and {extra for group in named for extra in group.split(",")} <= extras.keys()
+    lines = (ROOT / ".devcontainer" / "devcontainer.json").read_text().splitlines()
+    assert json.loads("\n".join(line for line in lines if not line.startswith("//")))["postCreateCommand"] == "make setup"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)

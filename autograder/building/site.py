@@ -47,6 +47,8 @@ docs/instructor_guide
 docs/anatomy
 docs/adding_an_exercise
 docs/on_colab
+docs/installing
+docs/in_a_container
 docs/from_here_to_production
 ```
 """
@@ -81,9 +83,9 @@ def lay_out(executed: dict[str, NotebookNode], folder: Path) -> None:
     shutil.copy(ROOT / "CHANGELOG.md", folder)
     shutil.copy(ROOT / "docs" / "conf.py", folder)
     (folder / "docs").mkdir()
-    for name in ("instructor_guide.md", "anatomy.md", "adding_an_exercise.md", "on_colab.md", "from_here_to_production.md"):
-        text = (ROOT / "docs" / name).read_text(encoding="utf-8").replace(f"../{INDEX}", "../README.md")
-        (folder / "docs" / name).write_text(text, encoding="utf-8")
+    for path in (ROOT / "docs").glob("*.md"):
+        text = path.read_text(encoding="utf-8").replace(f"../{INDEX}", "../README.md")
+        (folder / "docs" / path.name).write_text(text, encoding="utf-8")
     # Up to the table of units: what the course is, and its pictures.
     introduction = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n\n")[2].partition("<!-- units")[0].strip()
     shutil.copytree(ROOT / "docs" / "images", folder / "docs" / "images")

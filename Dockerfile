@@ -15,7 +15,7 @@ RUN apt-get update \
     && useradd --create-home --uid 1000 student
 
 # The packages first: they are installed anew only when one of these files changes.
-WORKDIR /home/student/course-repository
+WORKDIR /srv/peft
 COPY pyproject.toml constraints.txt data-requirements.txt README.md LICENSE ./
 RUN mkdir -p course/peftlab autograder && touch course/peftlab/__init__.py autograder/__init__.py \
     && pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" --constraint constraints.txt --editable ".[$EXTRAS]" $MORE \

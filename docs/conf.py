@@ -2,7 +2,12 @@
 
 project = "Parameter-efficient fine-tuning, from scratch"
 html_title = project
-extensions = ["myst_nb", "sphinx-mathjax-offline"]
+extensions = [
+    "myst_nb",
+    "sphinx-mathjax-offline",
+    "sphinxext.opengraph",
+]  # the last: titles and descriptions for search engines
+ogp_social_cards = {"enable": False}
 html_theme = "furo"
 html_show_sphinx = html_show_copyright = html_copy_source = False
 exclude_patterns = ["introduction.md"]  # included by the front page

@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from autograder.building import results_page
 from autograder.building.build import COURSE, ROOT, instructor_notebook
 from autograder.building.index import INDEX
 from autograder.building.run_masters import run
@@ -39,6 +40,7 @@ CONTENTS = """\
 :hidden:
 :caption: Beside them
 
+results
 README
 GLOSSARY
 SOURCES
@@ -90,8 +92,10 @@ def lay_out(executed: dict[str, NotebookNode], folder: Path) -> None:
     introduction = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n\n")[2].partition("<!-- units")[0].strip()
     shutil.copytree(ROOT / "docs" / "images", folder / "docs" / "images")
     (folder / "introduction.md").write_text(
-        f"{introduction}\n\nBegin with [the index of units](README.md).\n", encoding="utf-8"
+        f"{introduction}\n\nBegin with [the index of units](README.md), or look at the [results](results.md).\n",
+        encoding="utf-8",
     )
+    results_page.write(folder)
     listed = "\n".join(f"{unit}/{unit}" for unit in executed)
     (folder / "index.md").write_text(CONTENTS.format(units=listed), encoding="utf-8")
 

@@ -27,7 +27,7 @@ def test_every_unit_has_its_page_and_can_be_found(site):
         folded = len(re.findall(r'class="[^"]*tag_hide-input', (site / unit / f"{unit}.html").read_text()))
         assert folded == len(solution_cells(instructor_notebook(unit).cells))
     guides = [path.stem for path in (SOLUTIONS.parent / "docs").glob("*.md")]
-    for name in ("GLOSSARY", "SOURCES", "CHANGELOG", *(f"docs/{guide}" for guide in guides), "search"):
+    for name in ("results", "GLOSSARY", "SOURCES", "CHANGELOG", *(f"docs/{guide}" for guide in guides), "search"):
         assert (site / f"{name}.html").is_file()
     index = (site / "searchindex.js").read_text()
     assert all(f'"{unit}/{unit}"' in index for unit in units())

@@ -19,7 +19,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,9 @@ INSTRUCTIONS = {
 }
 """What a soft prompt or a prefix starts from, where it starts from text."""
 TOKENS = 16
+ATTENTION, MLP = ALL_LINEAR[:4], ALL_LINEAR[4:]
+LORA_PLUS_RATIO = 16.0
+"""By how much B's learning rate is larger than A's, as Hayou et al. (2024) have it in their experiments."""
 
 
 def save_trainable(model: nn.Module, path: Path) -> None:
@@ -71,6 +74,8 @@ class Method:
         steps: how many, if not as many as in `TRAINING`.
         keeps_outputs: whether the prepared model computes what the untrained one does.
         save: writes what was learned.
+        groups: given the master's solutions, the prepared model and the learning rate, returns the optimizer's parameter
+            groups, if there are several.
     """
 
     unit: str | None
@@ -80,10 +85,33 @@ class Method:
     steps: int | None = None
     keeps_outputs: bool = True
     save: Callable[[nn.Module, Path], None] = save_trainable
+    groups: Callable[[ModuleType, nn.Module, float], list[dict]] | None = None
 
 
 def _lora(solution: ModuleType, model: Llama, instruction: list[int]) -> None:
     solution.inject(model, ALL_LINEAR, lambda linear: solution.LoRALinear(linear, rank=8, alpha=16.0))
+
+
+def _lora_of(rank: int, alpha: float, target_modules: Sequence[str] = ALL_LINEAR, variant: str = "", **settings) -> Method:
+    """Return LoRA with settings of its own, or a variant of it, for the 30 steps that unit 12 compares."""
+
+    def prepare(solution: ModuleType, model: Llama, instruction: list[int]) -> None:
+        lora = load_reference(_LORA)
+
+        def make_layer(linear: nn.Linear) -> nn.Module:
+            if variant == "dora":
+                return solution.DoRALinear(linear, rank, alpha)
+            layer = lora.LoRALinear(linear, rank, alpha)
+            if variant == "pissa":
+                parts = solution.pissa(linear.weight, rank, layer.scaling)
+                for parameter, part in zip((layer.lora_A, layer.lora_B, linear.weight), parts, strict=True):
+                    parameter.data.copy_(part)
+            return layer
+
+        lora.inject(model, target_modules, make_layer)
+
+    described = {"rank": rank, "alpha": alpha, "target_modules": list(target_modules)}
+    return Method("12_lora_in_practice", prepare, described=described, steps=30, **settings)
 
 
 def _qlora(solution: ModuleType, model: Llama, instruction: list[int]) -> None:
@@ -172,6 +200,20 @@ METHODS = {
         _rates(1e-3, 1e-3),
         {"bottleneck": 32},
     ),
+    ("lora", "rank_8"): _lora_of(8, 16.0, guess=_rates(1e-3, 3e-3)),
+    ("lora", "rank_64"): _lora_of(64, 16.0, guess=_rates(3e-3, 3e-3)),
+    ("lora", "rank_64_rslora"): _lora_of(64, 128.0, guess=_rates(3e-4, 1e-3)),
+    ("lora", "dora"): _lora_of(8, 16.0, variant="dora", guess=_rates(1e-3, 3e-3)),
+    ("lora", "pissa"): _lora_of(8, 16.0, variant="pissa", guess=_rates(3e-4, 3e-4)),
+    ("lora", "lora_plus"): _lora_of(
+        8,
+        16.0,
+        guess=_rates(3e-4, 1e-3),
+        groups=lambda solution, model, learning_rate: solution.loraplus_groups(model, learning_rate, ratio=LORA_PLUS_RATIO),
+    ),
+    ("lora", "attention"): _lora_of(21, 42.0, ATTENTION, guess=_rates(1e-3, 3e-3)),
+    ("lora", "mlp"): _lora_of(12, 24.0, MLP, guess=_rates(1e-3, 3e-3)),
+    ("lora", "rank_1"): _lora_of(1, 2.0, guess=_rates(3e-3, 3e-3)),
 }
 """Every method that is compared, by its name and variant; the standard form comes first."""
 
@@ -212,7 +254,8 @@ class Comparison:
         model, tokenizer = load_smollm2()
         task: Task = getattr(tasks, task_name)(tokenizer)
         base = sum(parameter.numel() for parameter in model.parameters())
-        method.prepare(load_reference(method.unit) if method.unit else None, model, tokenizer.encode(INSTRUCTIONS[task_name]))
+        solution = load_reference(method.unit) if method.unit else None
+        method.prepare(solution, model, tokenizer.encode(INSTRUCTIONS[task_name]))
         fine_tune(
             model,
             tokenizer,
@@ -226,6 +269,7 @@ class Comparison:
             memory=before[0].memory if before else None,
             total_parameters=base + sum(map(torch.numel, trainable(model).values())) if name == "qlora" else None,
             variant=variant,
+            parameter_groups=method.groups(solution, model, learning_rate) if method.groups else None,
             **training,
             **method.described,
         )

@@ -120,14 +120,16 @@ Shipped = Mapping[tuple[str, str], Sequence[Row]]
 """Rows by task and by the name that a table gives to a method's variant."""
 
 
-def select(compared: Mapping[str, tuple[str, str]], folder: Path = results.SHIPPED) -> dict[tuple[str, str], list[Row]]:
+def select(
+    compared: Mapping[str, tuple[str, str]], folder: Path = results.SHIPPED, tasks: Sequence[str] = TASKS
+) -> dict[tuple[str, str], list[Row]]:
     """Return the rows to compare, by task and name; say what has not been measured, and leave it out.
 
     Args:
         compared: method and variant, by the name that tables and pictures show.
     """
     found = {
-        (task, name): rows(method, task, variant, folder) for task in TASKS for name, (method, variant) in compared.items()
+        (task, name): rows(method, task, variant, folder) for task in tasks for name, (method, variant) in compared.items()
     }
     missing = [f"{name} on {task}" for (task, name), of_one_kind in found.items() if not of_one_kind]
     if missing:
@@ -168,6 +170,17 @@ def score_table(shipped: Shipped) -> str:
             f"{row.trainable_parameters:>13,}{row.trainable_parameters / row.total_parameters:>9.3%}"
             f"{row.adapter_bytes / 1e3:>11,.0f}{total.forgetting:>+12.2f}"
         )
+    return "\n".join(lines)
+
+
+def late_table(shipped: Shipped) -> str:
+    """Return, as text, the chosen rate, the late loss of every seed at it in nats per label, their mean, and the mean score."""
+    lines = [f"{'':<15}{'':<22}{'rate':>8}{'late loss':>11}{'of each seed':>24}{'score':>8}"]
+    for (task, name), found in shipped.items():
+        total = summary(found)
+        late = [late_loss(row) for row in found if row.settings["learning_rate"] == total.learning_rate]
+        each = "".join(f"{loss:8.3f}" for loss in late)
+        lines.append(f"{task:<15}{name:<22}{total.learning_rate:>8g}{mean(late):>11.3f}{each:>24}{total.score:>8.1%}")
     return "\n".join(lines)
 
 

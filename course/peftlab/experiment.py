@@ -1,7 +1,7 @@
 """One experiment from start to results row: score, measure a step, train, score again, save."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -29,6 +29,7 @@ def fine_tune(
     score_before: float | None = None,
     memory: StepMemory | None = None,
     total_parameters: int | None = None,
+    parameter_groups: Sequence[dict] | None = None,
     **described: object,
 ) -> Row:
     """Fine-tune `model` in place on `task`, and return the results row, which is also written to the results folder.
@@ -39,6 +40,7 @@ def fine_tune(
         score_before, memory: the score of the untrained model and the bytes of a step, if they have been measured
             already, with the same settings; else they are measured.
         total_parameters: of the model, where its parameters don't tell: 4-bit weights are buffers. By default they are counted.
+        parameter_groups: for the optimizer, as in `peftlab.training.train`; by default there is one.
         described: further settings for the row, such as the rank.
     """
     model.to(find_device())
@@ -51,7 +53,15 @@ def fine_tune(
         device = next(model.parameters()).device
         input_ids, labels = (tensor.to(device) for tensor in collate(list(task.train.select(range(batch_size)))))
         memory = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
-    history = train(model, task.train, steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+    history = train(
+        model,
+        task.train,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        parameter_groups=parameter_groups,
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "learned.safetensors"
         save(path)

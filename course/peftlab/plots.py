@@ -230,13 +230,7 @@ def show_comparison(compared: Mapping[str, tuple[str, str]], method: str) -> dic
     Returns:
         the rows, as `comparison.select` returns them.
     """
-    shipped = comparison.select(compared)
-    for task in comparison.TASKS:
-        by_name = comparison.on_task(shipped, task)
-        if by_name:
-            figure = learning_rate_sweep(by_name, f"The learning rate, on {task}")
-            alt = f"Loss and score on {task} against the learning rate, with rings at the chosen rates: {'; '.join(by_name)}."
-            show(figure, alt=alt)
+    shipped = _pictures(compared, "The learning rate", comparison.TASKS)
     print(comparison.HOW_TO_READ)
     print("\nThe sweep:")
     print(comparison.sweep_table({key: found for key, found in shipped.items() if found[0].method == method}))
@@ -244,4 +238,33 @@ def show_comparison(compared: Mapping[str, tuple[str, str]], method: str) -> dic
     print(comparison.score_table(shipped))
     print("\nOne training step, in MiB:")
     print(comparison.memory_table(shipped))
+    return shipped
+
+
+def show_sweeps(
+    compared: Mapping[str, tuple[str, str]], title: str, tasks: Sequence[str] = comparison.TASKS
+) -> dict[tuple[str, str], list[Row]]:
+    """Show the learning-rate sweeps of several settings, a picture for each task, and print their late losses.
+
+    Args:
+        compared: as for `comparison.select`.
+        tasks: those that are shown.
+
+    Returns:
+        the rows, as `comparison.select` returns them.
+    """
+    shipped = _pictures(compared, title, tasks)
+    print(comparison.late_table(shipped))
+    return shipped
+
+
+def _pictures(compared: Mapping[str, tuple[str, str]], title: str, tasks: Sequence[str]) -> dict[tuple[str, str], list[Row]]:
+    """Draw a picture of the sweeps for each task; return the rows."""
+    shipped = comparison.select(compared, tasks=tasks)
+    for task in tasks:
+        by_name = comparison.on_task(shipped, task)
+        if by_name:
+            figure = learning_rate_sweep(by_name, f"{title}, on {task}")
+            alt = f"Loss and score on {task} against the learning rate, with rings at the chosen rates: {'; '.join(by_name)}."
+            show(figure, alt=alt)
     return shipped

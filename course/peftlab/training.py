@@ -4,7 +4,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +101,7 @@ def train(
     device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 20,
+    parameter_groups: Sequence[dict] | None = None,
 ) -> History:
     """Fine-tune the trainable parameters of `model` in place, with AdamW and a one-cycle learning rate.
 
@@ -117,6 +118,8 @@ def train(
         checkpoint: a file to save to every `checkpoint_every` steps and at the end. If it exists, training goes on
             from there and ends as an undisturbed run would have: to the bit on a CPU, up to rounding on a GPU, whose
             fast attention kernels add in no fixed order.
+        parameter_groups: as an optimizer takes them, each with a peak rate `lr` of its own; by default there is one, with
+            every trainable parameter and `learning_rate`.
 
     Raises:
         ValueError: if nothing is trainable, `accumulate` does not divide the batch, the dataset is smaller than a
@@ -133,8 +136,10 @@ def train(
     model.to(device).train()
     set_gradient_checkpointing(model, gradient_checkpointing)
 
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), cycle_momentum=False)
+    groups = parameter_groups or [{"params": list(parameters.values()), "lr": learning_rate}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    peaks = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=max(steps, 2), cycle_momentum=False)
     run = _Run(parameters, optimizer, schedule, History())
     identity = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     done = run.resume(Path(checkpoint), identity) if checkpoint and Path(checkpoint).exists() else 0

@@ -3,15 +3,18 @@
 import dataclasses
 
 import pytest
+import torch
 
+from autograder.checking.masters import load_reference
 from autograder.measuring import methods
-from autograder.measuring.methods import LADDER, METHODS, TRAINING, Comparison
+from autograder.measuring.methods import ATTENTION, LADDER, METHODS, MLP, TRAINING, Comparison
 from peftlab import plots, results
 from peftlab.comparison import (
     TASKS,
     UNIT,
     chosen_rate,
     late_loss,
+    late_table,
     machine,
     memory_table,
     own_rows,
@@ -23,6 +26,7 @@ from peftlab.comparison import (
     twin_table,
     twins,
 )
+from peftlab.llama import ALL_LINEAR, PRESETS, Llama
 from peftlab.memory import StepMemory
 from peftlab.results import Row
 
@@ -119,6 +123,15 @@ def test_every_guess_is_on_the_ladder_and_every_method_has_its_standard_form():
         assert all(rate in LADDER[1:-1] for rate in method.guess.values())
 
 
+def test_attention_and_mlp_alone_have_the_rank_that_rank_8_everywhere_pays_for():
+    with torch.device("meta"):
+        model = Llama(PRESETS["SmolLM2-135M"])
+    rank_for = load_reference("12_lora_in_practice").rank_for
+    sides = [m.in_features + m.out_features for name, m in model.named_modules() if name.rpartition(".")[2] in ALL_LINEAR]
+    for variant, targets in (("attention", ATTENTION), ("mlp", MLP)):
+        assert METHODS["lora", variant].described["rank"] == rank_for(model, targets, 8 * sum(sides))
+
+
 def test_an_unknown_method_is_refused(capsys):
     with pytest.raises(SystemExit):
         methods.main(["adaptors"])
@@ -167,6 +180,7 @@ def test_tables_name_every_kind_once_and_leave_out_what_was_not_measured(monkeyp
     assert sweep_table(shipped).count("bottlenecks") == 2 and "0.003      0.400   80.0% *" in sweep_table(shipped)
     assert "85.0%" in score_table(shipped) and "10.0%" in score_table(shipped) and "50.000%" in score_table(shipped)
     assert memory_table(shipped).count("bottlenecks") == 1
+    assert "0.003      0.400           0.400   0.400   85.0%" in late_table(shipped)
     assert max(map(len, score_table(shipped).splitlines())) <= 115
 
 

@@ -46,6 +46,21 @@ def test_loss_falls_and_frozen_weights_stay(model, dataset):
     assert not model.training
 
 
+def test_groups_have_rates_of_their_own(model, dataset):
+    before = copy.deepcopy(model)
+    still, moved = model.model.layers[1].self_attn.q_proj.weight, model.model.layers[1].mlp.up_proj.weight
+    groups = [{"params": [still], "lr": 0.0}, {"params": [moved], "lr": 1e-2}]
+    train(model, dataset, **OPTIONS, parameter_groups=groups)
+    assert torch.equal(still, before.model.layers[1].self_attn.q_proj.weight)
+    assert not torch.equal(moved, before.model.layers[1].mlp.up_proj.weight)
+
+
+def test_one_group_is_as_none(model, dataset):
+    grouped = copy.deepcopy(model)
+    groups = [{"params": list(trainable(grouped).values()), "lr": OPTIONS["learning_rate"]}]
+    assert train(grouped, dataset, **OPTIONS, parameter_groups=groups).losses == train(model, dataset, **OPTIONS).losses
+
+
 def test_same_seed_same_run_and_another_seed_another(model, dataset):
     runs = [train(copy.deepcopy(model), dataset, **OPTIONS, seed=seed).losses for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]

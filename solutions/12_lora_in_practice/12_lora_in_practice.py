@@ -645,9 +645,10 @@ print(f"you said {i_think_lowest}\n\nOne training step, in MiB:")
 print(comparison.memory_table(variants))
 
 # %% [markdown]
-# *What to see.* DoRA has the lowest late loss at every seed, by 5% on average, and PiSSA the highest, by 32%. By score PiSSA
-# comes first, with 83% to the others' 79 to 81; but again one standard error is nearly three points. In a step LoRA+ and PiSSA
-# cost nothing, and DoRA costs what section 4 measured.
+# *What to see.* LoRA, LoRA+ and DoRA are within a tenth of each other; PiSSA's late loss is a third higher. DoRA is below LoRA
+# at every seed. LoRA+ is below it at two, once by a third, and above it at one. By score LoRA+ and PiSSA come first, with 84%
+# and 83% to the others' 79% and 81%; but one standard error is 2.9 points. In a step LoRA+ and PiSSA cost nothing, and DoRA
+# costs what section 4 measured.
 #
 # ### Your own row
 #

@@ -14,6 +14,7 @@ from peftlab.comparison import (
     UNIT,
     chosen_rate,
     late_loss,
+    late_losses,
     late_table,
     machine,
     memory_table,
@@ -22,6 +23,7 @@ from peftlab.comparison import (
     score_table,
     select,
     summary,
+    sweep_rows,
     sweep_table,
     twin_table,
     twins,
@@ -245,6 +247,32 @@ def test_unit_10_says_of_its_rows_what_they_say():
         qlora, lora = (summary(rows(method, task)) for method in ("qlora", "lora"))
         found[task] = (round(100 * (qlora.score - lora.score)), round(100 * lora.spread))
     assert found["movie_reviews"][0] == -1 and found["tool_calls"] == (-3, 10)
+
+
+def test_unit_12_says_of_its_rows_what_they_say():
+    """Numbers that stand in its prose: rates, late losses beside LoRA's, scores."""
+    found = {}
+    for variant in ("rank_8", "rank_64", "rank_64_rslora", "lora_plus", "pissa", "dora", "attention"):
+        measured = rows("lora", "tool_calls", variant)
+        rate = chosen_rate(measured)
+        found[variant] = rate, late_losses(measured)[rate], round(100 * summary(measured).score)
+    low = {"rank_64_rslora", "lora_plus", "pissa"}
+    assert all(rate == (1e-3 if name in low else 3e-3) for name, (rate, _, _) in found.items())
+    scores = {name: score for name, (_, _, score) in found.items()}
+    assert (scores["rank_8"], scores["lora_plus"], scores["pissa"], scores["dora"]) == (79, 84, 83, 81)
+    assert scores["attention"] == 79
+    lora = found["rank_8"][1]
+
+    def beside(variant: str) -> tuple[float, int]:
+        late = found[variant][1]
+        return round(sum(late.values()) / sum(lora.values()) - 1, 2), sum(late[seed] < lora[seed] for seed in (0, 1, 2))
+
+    assert beside("dora") == (-0.05, 3) and beside("pissa") == (0.32, 0) and beside("lora_plus") == (-0.09, 2)
+    assert beside("attention") == (0.38, 0)
+    swept = {
+        variant: [round(late_loss(row), 3) for row in sweep_rows(rows("lora", "tool_calls", variant))] for variant in found
+    }
+    assert swept["rank_8"] == [0.059, 0.015, 0.061] and swept["rank_64"] == [0.059, 0.015, 0.060]
 
 
 def test_twins_were_trained_alike():

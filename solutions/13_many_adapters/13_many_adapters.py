@@ -45,11 +45,10 @@ from autograder.checks.many_adapters import (
     check_segmented,
 )
 from peftlab import plots, results, serving
-from peftlab.llama import PRESETS, Llama, generate
+from peftlab.llama import ALL_LINEAR, PRESETS, Llama, generate
 from peftlab.memory import MEBIBYTE, tensor_bytes
 
 UNIT = "13_many_adapters"
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # %% [markdown]
 # ## The idea

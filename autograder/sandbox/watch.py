@@ -34,6 +34,7 @@ class Watch:
         self.peak_bytes = 0
         self._of_earlier_starts = self._of_this_start = self._resident = 0.0
         self._first: tuple[int, ...] = ()
+        self._count = 0
 
     @property
     def cpu_seconds(self) -> float:
@@ -61,7 +62,9 @@ class Watch:
     def look(self) -> None:
         """Read the processor time and the memory of all processes."""
         cpu = resident = 0.0
-        for process in self.processes():
+        processes = self.processes()
+        self._count = len(processes)
+        for process in processes:
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 cpu += times.user + times.system + times.children_user + times.children_system
@@ -74,6 +77,8 @@ class Watch:
         """Raise `StoppedError` if, since then, more has been used than one cell or call may use."""
         self.look()
         limits = self.limits
+        if self._count > limits.processes:  # the system sees to that itself, but not for root
+            raise StoppedError(f"it started more than {limits.processes} processes")
         if self.cpu_seconds - since.cpu_seconds > limits.cpu_seconds:
             raise StoppedError(f"it ran longer than {limits.cpu_seconds:g} s (of processor time): does a loop not end?")
         if time.monotonic() - since.wall_seconds > limits.wall_seconds:

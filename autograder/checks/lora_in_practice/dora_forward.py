@@ -63,7 +63,7 @@ def drive_dora_forward(DoRALinear, weight, bias, lora_A, lora_B, magnitude, alph
     if seen["the list of shapes of lora_A, lora_B and magnitude"] != [list(t.shape) for t in (lora_A, lora_B, magnitude)]:
         return seen
     given = x.clone()
-    seen["the output at the start, which should be the base's,"] = layer(x).detach().clone()
+    seen["the output at the start (the base's is expected)"] = layer(x).detach().clone()
     with torch.no_grad():
         for part, value in zip(parts, (lora_A, lora_B, magnitude), strict=True):
             part.copy_(value)
@@ -102,7 +102,7 @@ def dora_forward_tolerance(case: dict) -> dict[str, float]:
     return {
         "`scaling`": 1e-9 * scaling,
         "magnitude at the start": sum_error(in_features, dtype) * size["weight"].norm(dim=1).max().item(),
-        "the output at the start, which should be the base's,": 3 * over_in * start.max().item(),
+        "the output at the start (the base's is expected)": 3 * over_in * start.max().item(),
         "the output": output,
         "the output in eval mode": output,
         "the gradient of x": over_out * (rescaled @ size["moved"] + g @ size["weight"]).max().item(),

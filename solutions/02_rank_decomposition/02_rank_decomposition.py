@@ -285,8 +285,8 @@ for name, matrix in examples.items():
 print(f"the last one's 143 small values add up to {values[1:].sum() / values[0]:.2f} times the large one")
 
 # %% [markdown]
-# *What to see.* In the last row one percent of the energy is noise. Two of the counts do not notice. The effective rank jumps: it
-# adds up the values without squaring them, and the 143 small ones together exceed the large one. "The rank is low" means
+# *What to see.* In the last row one percent of the energy is noise. Two of the counts do not notice. The effective rank jumps:
+# it adds up the values without squaring them, and the 143 small ones together exceed the large one. "The rank is low" means
 # nothing until one says which rank. And the picture: by energy it has rank 1, its brightness; yet at rank 1 nobody can read it.
 # Energy is not meaning.
 
@@ -391,9 +391,9 @@ print("Eckart-Young says:", {rank: round(floor, 3) for rank, floor in floors.ite
 
 
 # %% [markdown]
-# The student sees 256 inputs, uncorrelated and of unit size ($X^\top X / n = I$). So the squared error of its outputs, summed over
-# the outputs and averaged over the inputs, is $\lVert BA - \Delta \rVert_F^2$. Of the loss's gradient it needs only the part with respect to $BA$; your function does the
-# rest. As in LoRA, $B$ starts at zero and $A$ at random.
+# The student sees 256 inputs, uncorrelated and of unit size ($X^\top X / n = I$). So the squared error of its outputs, summed
+# over the outputs and averaged over the inputs, is $\lVert BA - \Delta \rVert_F^2$. Of the loss's gradient it needs only the
+# part with respect to $BA$; your function does the rest. As in LoRA, $B$ starts at zero and $A$ at random.
 
 
 # %%
@@ -445,14 +445,15 @@ for start, sizes in {"B zero, A random": (0.3, 0.0), "A zero, B random": (0.0, 0
     print(f"{start:<18} trained to {train_factors(4, 500, *sizes)[-1]:.3f}")
 
 # %% [markdown]
-# *What to see.* One zero does no harm: the other factor's gradient vanishes in the first step, and in that step alone. With both
-# at zero both gradients are zero, and nothing ever moves. That is why LoRA starts one of its factors at random.
+# *What to see.* One zero does no harm: the other factor's gradient vanishes in the first step, and in that step alone. With
+# both at zero both gradients are zero, and nothing ever moves. That is why LoRA starts one of its factors at random.
 
 # %% [markdown]
 # ## 6. A real update
 #
 # We fine-tuned all weights of SmolLM2-135M on film reviews, 40 steps, twice, with different seeds. (A run sees 640 of the 3,489
-# reviews, and the seed decides which: 124 are seen by both.) The question of this unit: what does the *change* of each weight matrix look like, next to the matrix itself?
+# reviews, and the seed decides which: 124 are seen by both.) The question of this unit: what does the *change* of each weight
+# matrix look like, next to the matrix itself?
 #
 # Predict first. SmolLM2's query projections are 576 × 576, and those of noise hold 90% of their energy in 294 ranks.
 
@@ -589,9 +590,9 @@ plots.show(
 
 # %% [markdown]
 # *What to see.* By energy the change *is* of low rank: least so in the MLPs of the first layers, most of all in the last ones.
-# The weight that it is added to is not. LoRA relies on that. By effective rank the change is lower than the weight, but not low:
-# 152 against 387 for the query projections, where noise of that shape has 464. A few strong directions stand on a long tail of
-# weak ones, which together are many. Both are true of the same matrix.
+# The weight that it is added to is not. LoRA relies on that. By effective rank the change is lower than the weight, but not
+# low: 152 against 387 for the query projections, where noise of that shape has 464. A few strong directions stand on a long
+# tail of weak ones, which together are many. Both are true of the same matrix.
 #
 # Two cautions. The task is small: 640 reviews, two possible answers. Biderman et al. (2024) fine-tuned on billions of tokens of
 # code and mathematics and found changes of 10 to 100 times the rank that LoRA is usually given. And our copy of SmolLM2's
@@ -625,9 +626,9 @@ for name in ("layers.15.self_attn.q_proj", "layers.15.mlp.gate_proj", "layers.29
 # raises all that is weak: in the first step, the tail is the optimizer's work. (In the last layer's MLP only the tokens before
 # the 16 answers get a gradient at all.) With LoRA the optimizer works on $A$ and $B$, whose product has no room for a tail.
 #
-# But the first step alone has a *higher* energy rank than the sum of all forty, whose median for query projections is 7. Perhaps
-# the strong directions point the same way in every step and add up, while the rest changes its signs and averages out. We have
-# not measured that: keep the change after 1, 5 and 20 steps, and you can.
+# But the first step alone has a *higher* energy rank than the sum of all forty, whose median for query projections is 7.
+# Perhaps the strong directions point the same way in every step and add up, while the rest changes its signs and averages out.
+# We have not measured that: keep the change after 1, 5 and 20 steps, and you can.
 
 # %% [markdown]
 # ### Does the tail matter?
@@ -659,9 +660,9 @@ plots.show(figure, alt="Accuracy jumps with the first rank and then rises slowly
 
 # %% [markdown]
 # *What to see.* One rank a matrix already brings most of the improvement, and the rest comes slowly (one standard error is
-# about 1.4 points). At "all" the linear layers have their whole change. Embeddings and norms changed as well and are left out here:
-# with them the model reaches 91.2%. Note what this does *not* say: that training with rank 1 would find it. It says that there is something to
-# be found.
+# about 1.4 points). At "all" the linear layers have their whole change. Embeddings and norms changed as well and are left out
+# here: with them the model reaches 91.2%. Note what this does *not* say: that training with rank 1 would find it. It says that
+# there is something to be found.
 
 # %% [markdown]
 # ## 7. Do two runs find the same directions?  ·  1 point, about 8 minutes
@@ -945,7 +946,8 @@ print(
 # ## What you have now
 #
 # Two factors with an error known beforehand; three counts of rank and the reason why they differ; and a real update in which
-# one direction in each matrix brings most of the gain. Unit 08 trains such factors from the start, without ever making the full update.
+# one direction in each matrix brings most of the gain. Unit 08 trains such factors from the start, without ever making the full
+# update.
 #
 # ## Sources
 #

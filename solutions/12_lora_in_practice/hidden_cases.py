@@ -99,4 +99,5 @@ SURVIVORS = {
     "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  ->  nn.init.kaiming_uniform_(self.lora_A)": _SPREAD,
     "math.sqrt(5)  ->  5": _SPREAD,
     "5  ->  6": _SPREAD,
+    "1.0  ->  2.0": "what a row of zeros is divided by does not matter, as long as it is not zero",
 }

@@ -269,6 +269,8 @@ def test_unit_12_says_of_its_rows_what_they_say():
 
     assert beside("dora") == (-0.05, 3) and beside("pissa") == (0.32, 0) and beside("lora_plus") == (-0.09, 2)
     assert beside("attention") == (0.38, 0)
+    masks = {row.settings["mask"]: row.score_after for row in results.load("12_lora_in_practice", results.SHIPPED)}
+    assert masks == {"right": 0.455, "every token": 0.555, "no end token": 0.0}
     swept = {
         variant: [round(late_loss(row), 3) for row in sweep_rows(rows("lora", "tool_calls", variant))] for variant in found
     }

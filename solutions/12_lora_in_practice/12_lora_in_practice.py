@@ -572,8 +572,8 @@ plots.show(figure, alt="Two stacked bars, LoRA's and DoRA's: the activations of 
 
 # %% [markdown]
 # *What to see.* DoRA keeps more activations: one number for every output and token. The magnitude's gradient is a sum of them,
-# so they wait for backward. The large matrix itself is there for a moment only, because no gradient flows through the norm. On
-# our two cores forward and backward took 14% longer.
+# so they wait for backward. The large matrix itself is there for a moment only, because no gradient flows through the norm. How
+# much longer forward and backward take depends on the machine and on what else it does: read it above.
 #
 # ## 5. Where to put it  ·  1 point, about 10 minutes
 #
@@ -956,7 +956,7 @@ print(batch_that_never_stops(chats, pad=END)[1])
 # - `labels` has the token itself at *every* position of an assistant's turn, and `IGNORE` everywhere else: in the turns of
 #   other roles (user, system, tool) and on the padding. Roles come in any order, and a conversation may have no assistant;
 # - labels are not shifted (`causal_loss` does that); both tensors are int64 of shape `(batch, seq)`;
-# - it is right whatever `pad` is, also a token that occurs in the conversations.
+# - it is right for every `pad`, also for a token that occurs in the conversations.
 #
 # <details><summary>I see no bug</summary>
 #
@@ -1023,8 +1023,8 @@ for mask, said in my_scores.items():
         print(f"{mask:<14}{mask_rows[mask].score_after:>7.1%} right to the last token; you said {said}")
 
 # %% [markdown]
-# *What to see.* Without a label on the end token no answer is right to the last token, because none ends where it should. That
-# is what the bug costs.
+# *What to see.* Without a label on the end token no answer is right to the last token. The score asks for the end token, and
+# the loss never did. (How many are right up to there, these rows do not say.)
 #
 # The row in the middle is a surprise. With labels on every token, requests too, the score is ten points *higher*. With 200 test
 # requests that is two standard errors of the difference, and it is one seed. We have not measured why. So "labels on the answer
@@ -1054,7 +1054,7 @@ for mask, said in my_scores.items():
 # the variant's worst seed is better than LoRA's best at their own best rates, I would switch, provided that it is not much
 # slower.
 #
-# **An answer worth one point.** One seed is not enough, because scores vary by a point or two between seeds, as in our rows.
+# **An answer worth one point.** One seed is not enough, because scores vary by several points between seeds, as in our rows.
 # She should run both with three seeds and compare the means.
 # ### END SOLUTION
 

@@ -16,7 +16,7 @@ from nbgrader.api import Gradebook
 from nbgrader.api import Notebook as SourceNotebook
 from nbgrader.preprocessors import ClearHiddenTests, NbGraderPreprocessor
 
-from autograder.checking.masters import experiments, grade_ids
+from autograder.checking.masters import experiments, grade_ids, units
 from autograder.grading.intake import UnusableError, plain_cell
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -35,7 +35,7 @@ class Repair(NbGraderPreprocessor):
         unit = names["assignment"]
         released = released_of(names["db_url"], unit, names["notebook"])
         cells = [plain_cell(cell) for cell in nb.cells]
-        nb.cells, repairs = repaired(cells, released, _experiments(unit), _prompts(unit), _given(unit))
+        nb.cells, repairs = repaired(cells, released, _experiments(unit), _prompts(unit), _given())
         nb.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}, "repairs": repairs})
         nb.nbformat, nb.nbformat_minor = 4, 5
         return nb, resources
@@ -62,9 +62,13 @@ def _experiments(unit: str) -> frozenset[str]:
     return experiments(unit) | {cell["id"] for cell in tagged}
 
 
-def _given(unit: str) -> frozenset[str]:
-    """Return the words of each cell that the unit gives and that nbgrader does not record: its prose, its demonstrations."""
-    return frozenset(_words(cell.source) for cell in _master(unit) if _grade_id(cell) is None)
+@cache
+def _given() -> frozenset[str]:
+    """Return the words of each cell that a unit gives and that nbgrader does not record: its prose, its demonstrations.
+
+    Of all units: a later one may give what an earlier one asks for, and who hands in the wrong notebook has not written it.
+    """
+    return frozenset(_words(cell.source) for unit in units() for cell in _master(unit) if _grade_id(cell) is None)
 
 
 def _prompts(unit: str) -> dict[str, tuple[str, str]]:
@@ -117,7 +121,7 @@ def repaired(
         submitted: cells in the form that they should have (`intake.plain_cell`).
         experiments: ids and sources of cells that are tagged as experiments again, should they have lost their tags.
         prompts: the words above and below the answer of a written question, by the answer's id.
-        given: the words of each cell that the unit gives, in addition to the released ones.
+        given: the words of each cell that a unit gives, in addition to the released ones.
 
     Raises:
         UnusableError: if no exercise of the unit is among the cells: then there is nothing to judge.

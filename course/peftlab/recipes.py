@@ -78,6 +78,11 @@ class _WithFactors(nn.Module):
         return self.base(x) + x @ self.lora_A.T @ self.lora_B.T
 
 
+def _frozen(count: int, dtype: torch.dtype) -> nn.Parameter:
+    """Return numbers as a parameter, which FSDP shards, and not as a buffer, which it leaves whole on every rank."""
+    return nn.Parameter(torch.empty(count, dtype=dtype), requires_grad=False)
+
+
 class _FourBitOnPaper(nn.Module):
     """A frozen linear layer in NF4 with double quantization: packed bytes, 8-bit scales, and the scales of those."""
 
@@ -86,9 +91,9 @@ class _FourBitOnPaper(nn.Module):
         self.shape, self.dtype = linear.weight.shape, linear.weight.dtype
         count = linear.weight.numel()
         blocks = -(-count // NF4_BLOCK)
-        self.register_buffer("packed", torch.empty(-(-count // 2), dtype=torch.uint8))
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8))
-        self.register_buffer("nested_absmax", torch.empty(-(-blocks // NESTED_BLOCK)))
+        self.packed = _frozen(-(-count // 2), torch.uint8)
+        self.absmax = _frozen(blocks, torch.uint8)
+        self.nested_absmax = _frozen(-(-blocks // NESTED_BLOCK), torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return _MultiplyDequantized.apply(x, self.packed, self.shape, self.dtype)

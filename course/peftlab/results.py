@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -102,6 +103,24 @@ def load(unit: str, folder: Path | None = None) -> list[Row]:
         except (ValueError, TypeError, KeyError) as error:
             warnings.warn(f"{path} is not a results row and is left out ({error})", stacklevel=2)
     return rows
+
+
+def save_lines(rows: Sequence, unit: str, name: str) -> Path:
+    """Write rows of one dataclass to `<results folder>/<unit>/<name>`, a line of JSON each, in place of an earlier run's."""
+    path = results_folder() / unit / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    return path
+
+
+def load_lines(kind: type, unit: str, name: str, folder: Path | None = None) -> list:
+    """Return the rows that `save_lines` wrote, of this reader's last run or of `folder`; an empty list if there are none.
+
+    Args:
+        kind: the rows' dataclass.
+    """
+    path = (folder or results_folder()) / unit / name
+    return [kind(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _sound(row: Row) -> Row:

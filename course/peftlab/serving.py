@@ -1,8 +1,7 @@
 """What unit 13 measures: seconds and bytes of serving many adapters, scores of combined ones; a line of JSON for each row."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -106,13 +105,9 @@ def seconds_in_turn(ways: Mapping[str, Callable[[], object]], device: torch.devi
 
 def save(rows: Sequence[Served | Combined], unit: str) -> Path:
     """Write rows of one kind to their file in `<results folder>/<unit>`, in place of those of an earlier run."""
-    path = results.results_folder() / unit / FILES[type(rows[0])]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-    return path
+    return results.save_lines(rows, unit, FILES[type(rows[0])])
 
 
 def load(kind: type, unit: str, folder: Path | None = None) -> list:
     """Return the rows of one kind, of this reader's last run or of `folder`; an empty list if there are none."""
-    path = (folder or results.results_folder()) / unit / FILES[kind]
-    return [kind(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+    return results.load_lines(kind, unit, FILES[kind], folder)

@@ -1,17 +1,23 @@
 """Bytes of a training step of a model that fits on no machine at hand, measured with fake tensors.
 
 A fake tensor has a shape, a dtype and a device, but no numbers: the same training step runs, operation by operation, and the
-same tracker follows every allocation, while nothing is allocated. A 65B model is measured on a laptop.
+same tracker follows every allocation, while nothing is allocated. A 65B model is measured on a laptop. So is a model that
+several GPUs share: to the one whose bytes are followed, collectives that send nothing stand for the others.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from peftlab import results
+from peftlab.distributed import Traffic
 from peftlab.llama import Llama, LlamaConfig, LlamaDecoderLayer, set_gradient_checkpointing
 from peftlab.memory import StepMemory
 
@@ -58,6 +64,121 @@ def simulate_training_step(
     Raises:
         ValueError: if a size is not positive, or the dtype is not known.
     """
+    _validate(dtype, batch_size, sequence_length)
+
+    def measured(layers: int) -> _Measured:
+        shallower = replace(config, num_hidden_layers=layers)
+        model = _on_paper(shallower, prepare, DTYPES[dtype], checkpointing)
+        return _measure(model, optimizer_class, batch_size, sequence_length)
+
+    if whole_model or config.num_hidden_layers <= 3:
+        return measured(config.num_hidden_layers).memory
+    return _extrapolated(measured(2), measured(3), config.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class ShardedStep:
+    """One training step as one of several ranks sees it.
+
+    Attributes:
+        memory: the rank's bytes.
+        sent: bytes that it sends, by collective, as `peftlab.distributed.bytes_sent` counts them.
+    """
+
+    memory: StepMemory
+    sent: dict[str, float]
+
+
+RANK_BYTES = "rank_bytes.jsonl"
+"""The file in which unit 14 keeps rows of `RankBytes`."""
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """A row of results: the simulated bytes of one of several ranks in a step.
+
+    Attributes:
+        model: a name in `peftlab.llama.PRESETS`.
+        method: a name in `peftlab.recipes.RECIPES`, or "full".
+        world_size: number of ranks.
+        sequence_length: tokens of the one row that each rank trains on.
+        parameters, gradients, optimizer_state, peak: of one rank.
+        sent: by one rank, all collectives together.
+        versions: of the packages.
+    """
+
+    model: str
+    method: str
+    world_size: int
+    sequence_length: int
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    peak: int
+    sent: float
+    versions: dict = field(default_factory=results.package_versions)
+
+
+def simulate_sharded_step(
+    config: LlamaConfig,
+    prepare: Callable[[Llama], object],
+    shard: Callable[[Llama, DeviceMesh], object],
+    *,
+    world_size: int,
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    dtype: str = "bf16",
+    batch_size: int = 1,
+    sequence_length: int = 512,
+    checkpointing: bool = True,
+    whole_model: bool = False,
+) -> ShardedStep:
+    """Return the bytes of one rank in a training step of a LLaMA that is sharded over so many, without allocating them.
+
+    As in `simulate_training_step`, a line is followed to the full number of layers: here that through three and four of them.
+
+    Args:
+        prepare: makes of the model what is to be trained.
+        shard: is called with the prepared model and a mesh of `world_size` ranks, and calls FSDP2's `fully_shard`. All
+            decoder layers are to be treated alike.
+        batch_size: of one rank.
+
+    Raises:
+        ValueError: if a size is not positive, the dtype is not known, or this process belongs to a process group.
+    """
+    _validate(dtype, batch_size, sequence_length)
+    if world_size < 1:
+        raise ValueError(f"world_size must be positive, got {world_size}")
+
+    def measured(layers: int) -> _Measured:
+        shallower = replace(config, num_hidden_layers=layers)
+        model = _on_paper(shallower, prepare, DTYPES[dtype], checkpointing)
+        return _measure(model, optimizer_class, batch_size, sequence_length, lambda model: shard(model, mesh))
+
+    layers = config.num_hidden_layers
+    with _ranks_on_paper(world_size) as mesh:
+        if whole_model or layers <= 4:
+            whole = measured(layers)
+            return ShardedStep(whole.memory, whole.sent)
+        three, four = measured(3), measured(4)
+    sent = {name: three.sent[name] + (layers - 3) * (four.sent[name] - three.sent[name]) for name in three.sent}
+    return ShardedStep(_extrapolated(three, four, layers), sent)
+
+
+@contextlib.contextmanager
+def _ranks_on_paper(world_size: int) -> Iterator[DeviceMesh]:
+    """Make this process the first of so many ranks, the others of which are not there: what is sent to them is lost."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ValueError("this process belongs to a process group already: simulate outside of it")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield init_device_mesh("cpu", (world_size,))
+    finally:
+        dist.destroy_process_group()
+
+
+def _validate(dtype: str, batch_size: int, sequence_length: int) -> None:
     for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if size < 1:
             raise ValueError(f"{name} must be positive, got {size}")
@@ -65,16 +186,6 @@ def simulate_training_step(
         raise ValueError("sequence_length must be at least 2: the first token is predicted from nothing")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-
-    def measured(layers: int) -> tuple[StepMemory, list[int]]:
-        shallower = replace(config, num_hidden_layers=layers)
-        model = _on_paper(shallower, prepare, DTYPES[dtype], checkpointing)
-        return _measure(model, optimizer_class, batch_size, sequence_length)
-
-    if whole_model or config.num_hidden_layers <= 3:
-        return measured(config.num_hidden_layers)[0]
-    two, three = measured(2), measured(3)
-    return _extrapolated(two, three, config.num_hidden_layers)
 
 
 def _on_paper(config: LlamaConfig, prepare: Callable, dtype: torch.dtype, checkpointing: bool) -> Llama:
@@ -105,14 +216,30 @@ def fake_parameters(model: nn.Module, device: str = "cpu") -> None:
             held.update({name: fake(tensor) for name, tensor in held.items() if tensor is not None})
 
 
-def _measure(model: Llama, optimizer_class: Callable, batch_size: int, sequence_length: int) -> tuple[StepMemory, list[int]]:
-    """Return what a step takes, and the peak bytes in each of its stages: between one layer and the next, and so on."""
+@dataclass(frozen=True)
+class _Measured:
+    """What a step takes and sends, and the peak bytes in each of its stages: between one layer and the next, and so on."""
+
+    memory: StepMemory
+    stages: list[int]
+    sent: dict[str, float]
+
+
+def _measure(
+    model: Llama,
+    optimizer_class: Callable,
+    batch_size: int,
+    sequence_length: int,
+    shard: Callable[[Llama], object] | None = None,
+) -> _Measured:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from peftlab.tracker import PeftMemTracker
 
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=shard is not None):  # a mesh has a real tensor of its ranks
         fake_parameters(model)
+        if shard is not None:
+            shard(model)
         input_ids = torch.empty((batch_size, sequence_length), dtype=torch.long)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
@@ -142,9 +269,10 @@ def _measure(model: Llama, optimizer_class: Callable, batch_size: int, sequence_
             tracker.reset_mod_stats()
             stages.clear()
             start = tracker.bytes_by_category("current")
-            value = next_token_loss(model, input_ids)
-            after_forward = tracker.bytes_by_category("current")
-            value.backward()
+            with Traffic() as traffic:
+                value = next_token_loss(model, input_ids)
+                after_forward = tracker.bytes_by_category("current")
+                value.backward()
             del value
             stage_ends()
             after_backward = tracker.bytes_by_category("current")
@@ -160,29 +288,32 @@ def _measure(model: Llama, optimizer_class: Callable, batch_size: int, sequence_
         activations=after_forward["Total"] - start["Total"],
         peak=max(stages),
     )
-    return memory, stages
+    return _Measured(memory, stages, traffic.sent())
 
 
-def _extrapolated(two: tuple[StepMemory, Sequence[int]], three: tuple[StepMemory, Sequence[int]], layers: int) -> StepMemory:
-    """Follow the line through two and three layers.
+def _extrapolated(small: _Measured, large: _Measured, layers: int) -> StepMemory:
+    """Follow the line through two numbers of layers that differ by one.
 
     The peak of a step is no line but the largest of several, one for each stage: the first and the last layer's forward, the
     head, the first layer's backward, the last one's and that before it, the optimizer. (The last one's is special: below it
     there may be nothing that wants a gradient.) The stages in between lie on the line between their neighbours, so that
-    the largest is among these.
+    the largest is among these. In a sharded model the second layer's backward is special as well: it is there that the first
+    one's gradients are let go.
 
     Raises:
         ValueError: if the layers are not treated alike.
     """
+    fewer = len(small.stages) // 2 - 1
 
     def at(small: int, large: int) -> int:
-        return small + (layers - 2) * (large - small)
+        return small + (layers - fewer) * (large - small)
 
     def landmarks(stages: Sequence[int], count: int) -> list[int]:
         if len(stages) != 2 * count + 2:
             raise ValueError("some layers train and others do not: measure them all, with whole_model=True")
-        return [stages[index] for index in (0, count - 1, count, count + 1, 2 * count - 1, 2 * count, 2 * count + 1)]
+        second = [count + 2] if fewer > 2 else []
+        return [stages[index] for index in (0, count - 1, count, count + 1, *second, 2 * count - 1, 2 * count, 2 * count + 1)]
 
-    peaks = map(at, landmarks(two[1], 2), landmarks(three[1], 3))
-    values = map(at, astuple(two[0])[:-1], astuple(three[0])[:-1])
+    peaks = map(at, landmarks(small.stages, fewer), landmarks(large.stages, fewer + 1))
+    values = map(at, astuple(small.memory)[:-1], astuple(large.memory)[:-1])
     return StepMemory(*values, peak=max(peaks))

@@ -55,7 +55,7 @@ from peftlab.llama import ALL_LINEAR, PRESETS, Llama, rotate
 from peftlab.memory import MEBIBYTE, StepMemory, step_table
 from peftlab.recipes import RECIPES, recipe_with, with_factors
 from peftlab.results import Row
-from peftlab.simulate import simulate_training_step
+from peftlab.simulate import RANK_BYTES, RankBytes, simulate_training_step
 
 GB = 1e9  # as papers count
 CARD_GB = 2**30  # as graphics cards are sold: seven percent more
@@ -1180,6 +1180,32 @@ def explain(job: Job, options: Sequence[Option]) -> None:
 measured_13b = options_for("LLaMA-7B" if settings.short() else "LLaMA-13B")
 show_options(measured_13b)
 explain(Job(USABLE * 24 * CARD_GB, tasks=12, latency=0.1), measured_13b)
+
+# %% [markdown]
+# ### More than one GPU
+#
+# A job on several cards needs no new rule. An option may be a method *on so many cards*: then its bytes are those of one rank,
+# and the job's are those of one card. Unit 14 builds such ranks and measures them. These are its rows for Llama-2-70B, with
+# full fine-tuning's quality taken from the guide above:
+
+# %%
+ranks = results.load_lines(RankBytes, "14_many_gpus", RANK_BYTES, results.SHIPPED)
+on_cards = [
+    Option(
+        f"{row.method.lower()} on {row.world_size}", "weights", row.peak, row.parameters, 0,
+        SCORE[CLAIMED[row.method.lower()][3]], 0.0 if row.method == "full" else 0.01, 0.0, row.method != "QLoRA",
+    )
+    for row in ranks
+]  # fmt: skip
+for cards in (1, 2, 8):
+    possible = [option for option in on_cards if int(option.method.split()[-1]) <= cards]
+    for size in (24, 80):
+        print(f"70B, {cards:>2} cards of {size} GiB: {outcome(recommend(Job(size * 2**30), possible, broken_rules))}")
+
+# %% [markdown]
+# *What to see.* Two cards of 24 GiB train 70B with QLoRA. LoRA on a base in 16 bits needs two cards of 80 GiB, or eight small
+# ones. Full fine-tuning would fit eight cards of 80 GiB as well. It is not chosen, because LoRA's quality is not clearly below
+# and its peak is smaller. The program does not know what a card costs.
 
 # %% [markdown]
 # ## 10. Eight situations  ·  2 points, about 10 minutes

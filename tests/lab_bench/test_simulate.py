@@ -1,19 +1,24 @@
 """Fake tensors take the bytes that real ones take, and a few layers tell what many will."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from autograder.checking.masters import load_reference
 from autograder.checks.why_peft.activation_bytes import activation_bytes, activations_case
 from autograder.checks.why_peft.count_parameters import count_parameters
 from autograder.checks.why_peft.training_bytes import training_bytes
 from peftlab import calculator
+from peftlab.distributed import Traffic, run
 from peftlab.llama import PRESETS, Llama, LlamaConfig
 from peftlab.memory import measure_training_step
-from peftlab.recipes import RECIPES
-from peftlab.simulate import next_token_loss, simulate_training_step
+from peftlab.recipes import RECIPES, Recipe
+from peftlab.simulate import next_token_loss, simulate_sharded_step, simulate_training_step
+from peftlab.tracker import PeftMemTracker
 
 MODEL = LlamaConfig(1000, 256, 688, 9, 8, 4)
 
@@ -130,3 +135,53 @@ def test_the_calculator_draws_and_refuses(monkeypatch, capsys):
     monkeypatch.setattr(calculator.plots, "show", lambda figure, alt: print(alt))
     calculator.calculator()
     assert "fits on RTX 4090" in capsys.readouterr().out
+
+
+def sharded(dtype: torch.dtype = torch.bfloat16):
+    return partial(load_reference("14_many_gpus").shard, compute_dtype=dtype)
+
+
+@pytest.mark.parametrize("recipe", ["LoRA", "QLoRA", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_few_sharded_layers_tell_what_many_will(recipe, checkpointing):
+    recipe = RECIPES[recipe] if recipe != "full" else Recipe()
+    config = replace(PRESETS["Llama-2-70B"], num_hidden_layers=7)
+    simulate = partial(
+        simulate_sharded_step, config, recipe.prepare, sharded(), world_size=2, sequence_length=64, checkpointing=checkpointing
+    )
+    assert simulate() == simulate(whole_model=True)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_on_paper_takes_and_sends_what_a_real_one_does(world_size):
+    config = replace(PRESETS["tiny"], num_hidden_layers=4)
+    recipe = RECIPES["LoRA"]
+    model = Llama(config).to(torch.bfloat16)
+    recipe.prepare(model)
+    model.model.gradient_checkpointing = True
+
+    def a_step():
+        sharded()(model, init_device_mesh("cpu", (world_size,)))
+        optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+        tracker, input_ids = PeftMemTracker(), torch.ones(1, 64, dtype=torch.long)
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for _ in range(2):
+                tracker.reset_mod_stats()
+                with Traffic() as traffic:
+                    next_token_loss(model, input_ids).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return tracker.bytes_by_category("peak")["Total"] - input_ids.nbytes, traffic.sent()
+
+    peak, sent = run(a_step, world_size)[0]
+    simulated = simulate_sharded_step(config, recipe.prepare, sharded(), world_size=world_size, sequence_length=64)
+    assert (simulated.memory.peak, simulated.sent) == (peak, pytest.approx(sent))
+
+
+def test_nothing_is_simulated_with_nonsense():
+    with pytest.raises(ValueError, match="world_size must be positive"):
+        simulate_sharded_step(PRESETS["tiny"], nothing, sharded(), world_size=0)
+    with pytest.raises(ValueError, match="sequence_length"):
+        simulate_sharded_step(PRESETS["tiny"], nothing, sharded(), world_size=2, sequence_length=1)

@@ -43,6 +43,11 @@ BACKEND = "gloo"
 RING = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1}
 """How often (world size - 1) / world size of a tensor leaves each rank, if the ranks stand in a ring; see `bytes_sent`."""
 
+FORKED_ADVICE = (
+    " On a machine with a GPU a rank cannot call backward if the notebook's own process has done so before: restart the "
+    "notebook, and call backward in ranks only (or in `peftlab.distributed.run_apart`)."
+)
+
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names from torch 2.13 on, and before
 _reduce = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -200,11 +205,29 @@ def run(function: Callable, world_size: int, *arguments: object, seconds: float 
     if not hasattr(os, "fork"):
         raise RuntimeError("ranks are started by forking, which Windows cannot: use WSL, Colab, or any Linux or macOS")
     importlib.import_module("torch._dynamo")  # FSDP wants it, and it takes a second: once here, instead of in every rank
+    return _started(function, arguments, world_size, seconds)
+
+
+def run_apart(function: Callable, *arguments: object, seconds: float = 600) -> object:
+    """Call a function in one forked process that belongs to no group, and return what it returns.
+
+    For what calls backward in a notebook that starts ranks: on a machine with a GPU, PyTorch refuses a backward in a process
+    that was forked from one in which a backward has run. Where nothing can be forked, the function is called in this process.
+
+    Raises:
+        RankError: as `run` does.
+    """
+    if not hasattr(os, "fork"):
+        return function(*arguments)
+    return _started(function, arguments, 1, seconds, grouped=False)[0]
+
+
+def _started(function: Callable, arguments: tuple, world_size: int, seconds: float, grouped: bool = True) -> list:
     with tempfile.TemporaryDirectory() as folder:
         ranks: list[_Rank] = []
         try:
             for rank in range(world_size):
-                ranks.append(_Rank(rank, world_size, seconds, Path(folder)))
+                ranks.append(_Rank(rank, world_size, seconds, Path(folder), grouped))
                 ranks[rank].start(function, arguments)
             return _collect(ranks, seconds)
         finally:
@@ -220,8 +243,8 @@ class _Rank:
         value: what it returned, or the words in which it says how it ended.
     """
 
-    def __init__(self, rank: int, world_size: int, seconds: float, folder: Path):
-        self.rank, self.world_size, self.seconds, self.folder = rank, world_size, seconds, folder
+    def __init__(self, rank: int, world_size: int, seconds: float, folder: Path, grouped: bool):
+        self.rank, self.world_size, self.seconds, self.folder, self.grouped = rank, world_size, seconds, folder, grouped
         self.printed, self.stack = folder / f"printed_{rank}", folder / f"stack_{rank}"
         self.parent = os.getpid()
         self.answer, self._send_to = multiprocessing.Pipe(duplex=False)
@@ -278,9 +301,10 @@ class _Rank:
         sys.stdout = sys.stderr = printed
         torch.set_num_threads(1)
         try:
-            store = dist.FileStore(str(self.folder / "store"), self.world_size)
-            patience = timedelta(seconds=self.seconds + 60)  # `run` is the first to lose it
-            dist.init_process_group(BACKEND, store=store, rank=self.rank, world_size=self.world_size, timeout=patience)
+            if self.grouped:
+                store = dist.FileStore(str(self.folder / "store"), self.world_size)
+                patience = timedelta(seconds=self.seconds + 60)  # `run` is the first to lose it
+                dist.init_process_group(BACKEND, store=store, rank=self.rank, world_size=self.world_size, timeout=patience)
             value = io.BytesIO()
             torch.save(function(*arguments), value)
             reply = ("returned", value.getvalue())
@@ -291,7 +315,8 @@ class _Rank:
             if "Connection closed by peer" in str(error) or "Connection reset" in str(error):
                 reply = ("waited", f"waited in {_place(frames)} for a rank that had ended")
             else:
-                reply = ("raised", f"raised {type(error).__name__}: {error} ({_place(frames)})")
+                advice = FORKED_ADVICE if "fork-based multiprocessing" in str(error) else ""
+                reply = ("raised", f"raised {type(error).__name__}: {error}{advice}{_line(frames)}")
         self._send_to.send_bytes(pickle.dumps(reply))
         printed.flush()
         os._exit(0)
@@ -306,14 +331,20 @@ _FRAME = re.compile(r'File "(.*)", line (\d+) in (\S+)')
 
 
 def _place(frames: list[tuple[str, int, str]]) -> str:
-    """Say where a process is: the last frame that is nobody's library, and what it calls there."""
+    """Say where a process is: the last frame that is nobody's library, and before it what that frame has called."""
     libraries = (os.sep + "torch" + os.sep, os.sep + "jaxtyping" + os.sep, os.sep + "multiprocessing" + os.sep, __file__)
     own = [number for number, (file, _, _) in enumerate(frames) if not any(part in file for part in libraries)]
     if not own:
         return f"`{frames[-1][2]}`" if frames else "torch"
     _, line, name = frames[own[-1]]
-    calls = f"`{frames[own[-1] + 1][2]}`, called by " if own[-1] + 1 < len(frames) else ""
-    return f"{calls}line {line} of `{name}`"
+    called = frames[own[-1] + 1][2] if own[-1] + 1 < len(frames) else None
+    return f"line {line} of `{name}`" if called is None else f"`{called}` (line {line} of `{name}`)"
+
+
+def _line(frames: list[tuple[str, int, str]]) -> str:
+    """Return the line that an error comes from, in parentheses; nothing if there is none outside of libraries."""
+    found = re.search(r"line \d+ of `.*`", _place(frames))
+    return f" ({found[0]})" if found else ""
 
 
 def _collect(ranks: list[_Rank], seconds: float) -> list:

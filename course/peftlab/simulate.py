@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from peftlab import results
-from peftlab.distributed import Traffic
+from peftlab.distributed import Traffic, run_apart
 from peftlab.llama import Llama, LlamaConfig, LlamaDecoderLayer, set_gradient_checkpointing
 from peftlab.memory import StepMemory
 
@@ -143,23 +143,27 @@ def simulate_sharded_step(
         batch_size: of one rank.
 
     Raises:
-        ValueError: if a size is not positive, the dtype is not known, or this process belongs to a process group.
+        ValueError: if a size is not positive, or the dtype is not known.
+        RankError: if `prepare` or `shard` raises an error. They are called in a process of their own.
     """
     _validate(dtype, batch_size, sequence_length)
     if world_size < 1:
         raise ValueError(f"world_size must be positive, got {world_size}")
 
-    def measured(layers: int) -> _Measured:
+    def measured(layers: int, mesh: DeviceMesh) -> _Measured:
         shallower = replace(config, num_hidden_layers=layers)
         model = _on_paper(shallower, prepare, DTYPES[dtype], checkpointing)
         return _measure(model, optimizer_class, batch_size, sequence_length, lambda model: shard(model, mesh))
 
+    def all_measured(*counts: int) -> list[_Measured]:
+        with _ranks_on_paper(world_size) as mesh:
+            return [measured(count, mesh) for count in counts]
+
     layers = config.num_hidden_layers
-    with _ranks_on_paper(world_size) as mesh:
-        if whole_model or layers <= 4:
-            whole = measured(layers)
-            return ShardedStep(whole.memory, whole.sent)
-        three, four = measured(3), measured(4)
+    if whole_model or layers <= 4:
+        (whole,) = run_apart(all_measured, layers)
+        return ShardedStep(whole.memory, whole.sent)
+    three, four = run_apart(all_measured, 3, 4)
     sent = {name: three.sent[name] + (layers - 3) * (four.sent[name] - three.sent[name]) for name in three.sent}
     return ShardedStep(_extrapolated(three, four, layers), sent)
 
@@ -169,8 +173,6 @@ def _ranks_on_paper(world_size: int) -> Iterator[DeviceMesh]:
     """Make this process the first of so many ranks, the others of which are not there: what is sent to them is lost."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if dist.is_initialized():
-        raise ValueError("this process belongs to a process group already: simulate outside of it")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield init_device_mesh("cpu", (world_size,))

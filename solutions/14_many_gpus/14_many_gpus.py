@@ -11,11 +11,11 @@
 #
 # | minutes | difficulty | points | before this unit |
 # |---|---|---|---|
-# | 110, and 5 of experiments on two CPU cores | 5 of 5 | 17 | 08_lora, 10_qlora |
+# | 130, and 5 of experiments on two CPU cores | 5 of 5 | 17 | 08_lora, 10_qlora |
 #
 # A model that is too large for one GPU is shared by several. PyTorch has an engine for that, and it works with LoRA and with
-# 4-bit weights. But what people expect of it is often wrong: what is sharded, what travels between the GPUs, and why a frozen
-# weight changes both. Here you build the engine's core by hand, then use the engine, and count every byte on the way.
+# 4-bit weights. Here you build its core by hand, then use it, and count every byte on the way: what is sharded, what travels
+# between the GPUs, and why a frozen weight changes both.
 #
 # **When you have finished, you can**
 #
@@ -23,9 +23,9 @@
 # 2. shard a layer by hand, and a model with PyTorch's FSDP2, so that any number of ranks gives the losses of one;
 # 3. find the mistakes that make ranks wait for ever, read the same rows, or divide a loss twice.
 #
-# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it on new random numbers every
-# time, where it needs them with real processes, and says what is wrong. No GPU is needed. (On Windows use WSL or Colab: the
-# processes are made by forking this one.)
+# Your answers go into the cells that raise `NotImplementedError`. The cell below each one checks it on new random numbers, and
+# says what is wrong. Where needed, it starts real processes, and may then take a few seconds to find out which mistake it is.
+# No GPU is needed. (On Windows use WSL or Colab: the processes are made by forking this one.)
 
 # %% nbgrader={"grade": false, "grade_id": "setup", "locked": true, "schema_version": 3, "solution": false, "task": false}
 import inspect
@@ -48,6 +48,7 @@ import torch.distributed.checkpoint as dcp
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import barrier, get_rank, get_world_size
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -56,7 +57,7 @@ from tqdm import tqdm
 from autograder.checks.many_gpus import (
     check_held_by_rank,
     check_rows_of_rank,
-    check_save_adapter,
+    check_save_trained,
     check_sent_in_step,
     check_shard,
     check_sharded_linear,
@@ -76,8 +77,8 @@ UNIT = "14_many_gpus"
 # ## The idea
 #
 # A training step needs a layer's weights only while that layer computes. So $N$ processes can hold an $N$-th of every weight
-# each, and put a layer together for the moment in which they need it. Written out for one linear layer, on rank $i$ with its
-# rows of the batch $x_i$ and its shard of the weight $W_i$:
+# each: their *shards*. They put a layer together for the moment in which they need it. A process is called a *rank*, and has a
+# number. Written out for one linear layer, on rank $i$ with its rows of the batch $x_i$ and its shard $W_i$:
 #
 # | | equation | line of code |
 # |---|---|---|
@@ -85,17 +86,20 @@ UNIT = "14_many_gpus"
 # | backward, for the input | $\partial x_i = \partial y_i\, W$ | `grad_x = grad_y @ all_gather(shard)` |
 # | backward, for a trained weight | $\partial W_i = \frac{1}{N} \sum_j (\partial y_j^T x_j)_i$ | `reduce_scatter(grad_y.T @ x) / N` |
 #
-# A frozen weight has no third line. This is why fine-tuning a few parameters changes all sums: what several GPUs exchange in a
-# step, what each of them holds, and which strategy is worth its bytes.
+# `all_gather` puts the shards of all ranks together, and `reduce_scatter` sums over the ranks and gives each its rows; more on
+# both below. $\partial x_i$ and $\partial y_i$ belong to rank $i$'s own loss, $\partial W_i$ to the mean of the ranks' losses.
+#
+# A frozen weight has no third line. So fine-tuning a few parameters changes every count: what GPUs exchange in a step, what
+# each of them holds, and which strategy is worth its bytes.
 #
 # On this machine, processes on the CPU stand for the GPUs. `run(function, 2)` calls a function in two processes at once, which
-# are copies of this notebook, and returns what both return:
+# are copies of this notebook, and returns what both return. `get_rank` and `get_world_size` are torch.distributed's:
 
 
 # %%
 def introduce_myself() -> str:
     """Return which process this is, and of how many."""
-    return f"rank {dist.get_rank()} of {dist.get_world_size()}, process {os.getpid()}"
+    return f"rank {get_rank()} of {get_world_size()}, process {os.getpid()}"
 
 
 print(run(introduce_myself, 2))
@@ -123,7 +127,7 @@ print(run(introduce_myself, 2))
 # %%
 def exchange() -> dict[str, tuple[list[int], list[int]]]:
     """Return what this rank holds before and after each collective."""
-    rank = dist.get_rank()
+    rank = get_rank()
     shard = torch.tensor([rank])
     whole = 10**rank * torch.tensor([1, 2, 3, 4])
     outcomes = {
@@ -375,10 +379,10 @@ for method, (frozen, trained) in METHODS.items():
     print()
 
 # %% [markdown]
-# *What to see.* Full fine-tuning does not fit one such card. ZeRO-2 on eight ranks brings it below, because gradients and
-# optimizer state are most of what there is. Under LoRA the same two strategies save almost nothing: only trained parameters
-# have gradients and states. What is left is the frozen base, which every rank holds whole. Two things make that smaller: ZeRO-3
-# divides it, and QLoRA stores it in 4 bits.
+# *What to see.* Full fine-tuning does not fit one such card. ZeRO-2 on eight ranks brings it below 24 GiB, with 3 GB left for
+# activations, because gradients and optimizer state are most of what there is. Under LoRA ZeRO-1 and ZeRO-2 save almost
+# nothing: only trained parameters have gradients and states. What is left is the frozen base, which every rank holds whole. Two
+# things make that smaller: ZeRO-3 divides it, and QLoRA stores it in 4 bits.
 #
 # Put both tables side by side. If a LoRA run fits a card, data parallel is enough, because nothing sends less. If the base does
 # not fit, try 4 bits first, because they add nothing to what is sent. ZeRO-3 is for a base that is too large even so.
@@ -405,13 +409,13 @@ for method, (frozen, trained) in METHODS.items():
 def one_layer_by_hand() -> None:
     """Print what a rank holds, and what it computes with what it gathers."""
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0]])
-    shard = weight[2 * dist.get_rank() :][:2].clone()
-    x = torch.tensor([[1.0, 10.0 * dist.get_rank()]])  # each rank has another row of the batch
+    shard = weight[2 * get_rank() :][:2].clone()
+    x = torch.tensor([[1.0, 10.0 * get_rank()]])  # each rank has another row of the batch
     output = x @ all_gather(shard).T
     grad_weight = torch.ones_like(output).T @ x  # as if the loss were the sum of the output
     print("shard", shard.tolist(), " output", output.tolist())
     print("its gradient of the whole weight", grad_weight.tolist())
-    print("the mean over the ranks, its own rows", (reduce_scatter(grad_weight) / dist.get_world_size()).tolist())
+    print("the mean over the ranks, its own rows", (reduce_scatter(grad_weight) / get_world_size()).tolist())
 
 
 _ = run(one_layer_by_hand, 2)
@@ -490,7 +494,7 @@ class GatheredLinear(torch.autograd.Function):
             grad_x = grad_output @ all_gather(shard)
         if ctx.needs_input_grad[1]:
             grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2)
-            grad_shard = reduce_scatter(grad_weight) / dist.get_world_size()
+            grad_shard = reduce_scatter(grad_weight) / get_world_size()
         return grad_x, grad_shard
         ### END SOLUTION
 
@@ -508,10 +512,10 @@ class ShardedLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         ### BEGIN SOLUTION
-        rows, rest = divmod(linear.out_features, dist.get_world_size())
+        rows, rest = divmod(linear.out_features, get_world_size())
         if rest:
-            raise ValueError(f"{linear.out_features} rows cannot be dealt evenly to {dist.get_world_size()} ranks")
-        own = linear.weight.detach()[dist.get_rank() * rows :][:rows].clone()
+            raise ValueError(f"{linear.out_features} rows cannot be dealt evenly to {get_world_size()} ranks")
+        own = linear.weight.detach()[get_rank() * rows :][:rows].clone()
         self.shard = nn.Parameter(own, requires_grad=linear.weight.requires_grad)
         ### END SOLUTION
 
@@ -557,7 +561,7 @@ for trained in (True, False):
 #
 # PyTorch's FSDP2 does for every layer what yours does, and more: it gathers all weights of a *group* in one message, and frees
 # them together. `fully_shard(module, ...)` turns a module into such a group. A group takes the parameters that lie in the
-# module and do not belong to a group already. So the order matters: inner modules first.
+# module and do not belong to a group already. So inner modules come first; torch refuses the other order.
 #
 # Write `shard(model, mesh, compute_dtype)`, which
 #
@@ -570,14 +574,15 @@ for trained in (True, False):
 #
 # Frozen parameters are sharded as well: they are most of the model.
 #
-# An example: what `fully_shard` makes of a single linear layer, on rank 0 of two.
+# An example: what `fully_shard` makes of a single linear layer, on rank 0 of two. Its weight becomes a `DTensor`, which has the
+# shape of the whole and, in `to_local()`, this rank's rows.
 
 
 # %%
 def shard_one_layer() -> list[object]:
     """Return the type, the whole shape and this rank's shape of a sharded layer's weight."""
     layer = nn.Linear(6, 10, bias=False)
-    fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(layer, mesh=init_device_mesh("cpu", (get_world_size(),)))
     return [type(layer.weight).__name__, tuple(layer.weight.shape), tuple(layer.weight.to_local().shape)]
 
 
@@ -585,9 +590,7 @@ print(run(shard_one_layer, 2)[0])
 
 # %% [markdown]
 # <details><summary>The check says that the whole model is gathered at once</summary>
-#
-# Then the model was a group before its layers were, or the layers are none. Call `fully_shard` for each layer, and for the
-# model last.
+# Then the decoder layers are no groups. Call `fully_shard` for each of them, and for the model last.
 # </details>
 # <details><summary>How does the policy get there?</summary>
 #
@@ -653,7 +656,7 @@ def traffic_of_a_step(model: Llama) -> tuple[dict[str, int], dict[str, float], i
     sizes = {True: 0, False: 0}
     for parameter in model.parameters():
         sizes[parameter.requires_grad] += parameter.nbytes
-    shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), torch.float32)
+    shard(model, init_device_mesh("cpu", (get_world_size(),)), torch.float32)
     with Traffic() as traffic:
         loss, count = loss_and_count(model, torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))
         (loss / count).backward()
@@ -671,7 +674,8 @@ print(f"half of the model's own group: {head_and_embedding / 2:,.0f}")
 # %% [markdown]
 # *What to see.* The engine sends less than the formula says, by exactly half of what the model's own group holds. That group is
 # gathered once instead of twice: FSDP2 keeps the outermost one gathered from forward to backward, where it would be needed
-# first anyway. The other numbers are yours, to the byte.
+# first anyway. The other bytes are those of `sent_in_step`, exactly. (That is in fp32. With weights in bf16 our `reduce_dtype`
+# doubles the bytes of the gradients.)
 
 # %% [markdown]
 # ## 5. A step of several micro-batches  ·  2 points, about 20 minutes
@@ -711,7 +715,7 @@ print(f"the mean of the means: {sum(loss.item() / count for loss, count in zip(l
 # <details><summary>The check says that the loss is divided twice</summary>
 #
 # FSDP divides by the number of ranks, and so do you if you divide by the count of all ranks. Multiply the loss by
-# `dist.get_world_size()` before backward.
+# `get_world_size()` before backward.
 # </details>
 # <details><summary>How do I count before the first backward?</summary>
 #
@@ -737,7 +741,7 @@ def train_step(
     for number, (input_ids, labels) in enumerate(batches, start=1):
         model.set_requires_gradient_sync(number == len(batches))
         loss, _ = loss_and_count(model, input_ids, labels)
-        (loss * dist.get_world_size() / count).backward()
+        (loss * get_world_size() / count).backward()
         total += loss.detach()
     optimizer.step()
     optimizer.zero_grad()
@@ -752,13 +756,13 @@ check_train_step(train_step)
 # ### The same losses on one, two and three ranks
 #
 # If all of this is right, the number of ranks changes nothing but rounding. Twenty steps with six rows each, dealt to one, two
-# or three ranks, three rows at most in a micro-batch:
+# or three ranks, two rows at most in a micro-batch:
 
 
 # %%
 def twenty_steps(model: Llama, rows: Int[Tensor, "steps 6 seq"], labels: Int[Tensor, "steps 6 seq"]) -> list[float]:
     """Train a copy of the model on this rank's rows of each step; return the losses."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = get_rank(), get_world_size()
     shard(model, init_device_mesh("cpu", (world_size,)), torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -782,9 +786,9 @@ for world_size, losses in by_ranks.items():
 # ### And with a base in four bits
 #
 # QLoRA's weights are not numbers but bytes: two codes in each, and an `absmax` for every 64 weights (unit 10). Nothing keeps
-# FSDP2 from sharding bytes: each rank holds some rows of codes, and rows of the `absmax` that belong to them. Two conditions:
-# they are parameters, because FSDP does not shard buffers; and the `absmax` are stored as bytes, too, because a mixed-precision
-# policy rounds every floating-point parameter to `compute_dtype`.
+# FSDP2 from sharding bytes: each rank holds some rows of codes, and rows of the `absmax` that belong to them. There are two
+# conditions. They have to be parameters, because FSDP does not shard buffers. And the `absmax` are stored as bytes, too: a
+# policy would round an fp32 parameter to `compute_dtype`.
 
 
 # %% tags=["experiment"]
@@ -852,8 +856,8 @@ print("NF4, bytes:", *run(flatten_as_fsdp1, 2, NF4Linear(nn.Linear(64, 64, bias=
 # %% [markdown]
 # So trained and frozen parameters had to lie in groups of their own, and bytes had to look like floats. bitsandbytes got
 # `bnb_4bit_quant_storage`: the codes are stored in a tensor whose dtype *says* bf16, the dtype of the rest of the group. If the
-# two dtypes differ, FSDP converts codes as if they were numbers, and the README of Answer.AI's `fsdp_qlora` warns that they
-# "essentially" turn into random weights.
+# two dtypes differ, FSDP converts codes as if they were numbers, and the README of Answer.AI's `fsdp_qlora` warns that they are
+# then "essentially" random weights.
 
 # %% [markdown]
 # ## 6. Seventy billion parameters on two cards
@@ -869,7 +873,7 @@ def measured_step(model: Llama) -> tuple[dict[str, int], int]:
     """Return a rank's bytes by category before a step, and the peak of the step."""
     from peftlab.tracker import PeftMemTracker
 
-    shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), torch.bfloat16)
+    shard(model, init_device_mesh("cpu", (get_world_size(),)), torch.bfloat16)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     tracker = PeftMemTracker()
@@ -935,7 +939,7 @@ for method, world_size in tqdm(SETTINGS[-1:] if settings.short() else SETTINGS):
 results.save_lines(rank_rows, UNIT, RANK_BYTES)
 
 # %% [markdown]
-# The rows that come with the course, which this cell has written:
+# The course's own rows; a full run of the cell above wrote them:
 
 # %%
 rank_rows = results.load_lines(RankBytes, UNIT, RANK_BYTES, results.SHIPPED)
@@ -960,8 +964,8 @@ for (piece, label), colour in zip(pieces.items(), plots.SERIES):
 rest = [max(0, row.peak / GB - before) for row, before in zip(rank_rows, left)]
 axes.barh(names, rest, left=left, color="#bbbbbb", label="more at the peak")
 axes.axvline(CARD / GB, color="black", linestyle="--", linewidth=1)
-axes.annotate("a card of 24 GiB", (CARD / GB + 0.5, 0.45), va="center")
-axes.set(title="Llama-2-70B: what each rank holds", xlabel="GB")
+axes.annotate("a card of 24 GiB", (CARD / GB + 3, 1), va="center")
+axes.set(title="Llama-2-70B: what each rank holds", xlabel="GB", ylabel="method, ranks")
 axes.invert_yaxis()
 axes.legend(frameon=False)
 plots.show(
@@ -970,10 +974,10 @@ plots.show(
 
 # %% [markdown]
 # *What to see.* The shards fit two cards with QLoRA, and some GB are left for what is not counted here: CUDA's own memory,
-# fragments, NCCL's buffers, longer rows. Answer.AI's own command for two cards takes two rows of 2,048 tokens, and keeps the
-# shards in the CPU's memory (`--use_cpu_offload true`). So is two times 24 GB enough for 70B? For one short row a rank, yes;
-# the published recipe goes to the CPU. LoRA on a base in bf16 wants eight such cards. And the last column: QLoRA on two ranks
-# sends its four-bit base, half of it each time, twice in a step.
+# fragments, the buffers of the collectives, longer rows. Answer.AI's command for two cards has always kept the shards in the
+# CPU's memory (`--use_cpu_offload true`). So is two times 24 GB enough for 70B? For one short row a rank, on paper, yes; the
+# published recipe goes to the CPU. LoRA on a base in bf16 fits eight such cards on paper, with 1.5 GB left for all that is not
+# counted. The last column: QLoRA on two ranks sends half of its base, twice in a step.
 
 # %% [markdown]
 # ## 7. Save what was trained  ·  2 points, about 15 minutes
@@ -987,7 +991,7 @@ def sharded_adapter() -> nn.Module:
     """Return a sharded model with a frozen layer and a trained one, whose three rows are not dealt evenly to two ranks."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 4, bias=False).requires_grad_(False), nn.Linear(4, 3, bias=False))
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (get_world_size(),)))
     return model
 
 
@@ -1008,7 +1012,7 @@ _ = run(look_at_a_parameter, 2)
 def only_rank_0_gathers() -> None:
     """Gather in one rank of two."""
     model = sharded_adapter()
-    if dist.get_rank() == 0:
+    if get_rank() == 0:
         model[1].weight.full_tensor()
 
 
@@ -1022,14 +1026,15 @@ except RankError as error:
 # sent. Here the error comes at once, because rank 1 has ended, and `run` says who waited and where. If rank 1 were alive, in
 # another collective or in the next step, no one would say anything. The job would stand still until a time-out.
 #
-# Write `save_adapter(model, path)`. `model` has been through `fully_shard`, and every rank calls the function.
+# Write `save_trained(model, path)`. `model` has been through `fully_shard`, and every rank calls the function.
 #
 # - All ranks gather each parameter that needs a gradient, once. They gather no frozen one: that would send the whole base.
 # - Rank 0, and no other, writes a file in safetensors format. It holds the gathered parameters as they are, in their dtype,
 #   under the names that `model.named_parameters()` gives them.
 # - It writes under another name in the folder of `path`, and gives the finished file the name `path` by `os.replace`. That
 #   happens in one moment. A rank that is killed while it writes leaves an earlier file at `path` whole.
-# - When the function returns, in whichever rank, the new file is at `path`. So every rank calls `dist.barrier()` at the end.
+# - When the function returns, in whichever rank, the new file is at `path`. `barrier()` returns when all ranks have called it:
+#   every rank calls it at the end.
 # - No other file stays in the folder.
 #
 # <details><summary>What is another name in the same folder?</summary>
@@ -1038,37 +1043,37 @@ except RankError as error:
 # </details>
 # <details><summary>The check says that a rank waits for ever</summary>
 #
-# Look for a collective behind `if dist.get_rank() == 0:`, or behind a `return` that some ranks take. `full_tensor` and
-# `barrier` are collectives, and `save_file` and `os.replace` are not.
+# Look for a collective behind `if get_rank() == 0:`, or behind a `return` that some ranks take. `full_tensor` and `barrier` are
+# collectives, and `save_file` and `os.replace` are not.
 # </details>
 # <details><summary>The check says that the file is written by every rank, or that some do not wait for it</summary>
 #
-# Three parts, in this order: gather, in all ranks; write and rename, in rank 0; `dist.barrier()`, in all ranks.
+# Three parts, in this order: gather, in all ranks; write and rename, in rank 0; `barrier()`, in all ranks.
 # </details>
 
 
-# %% nbgrader={"grade": false, "grade_id": "save-adapter", "locked": false, "schema_version": 3, "solution": true, "task": false}
-def save_adapter(model: nn.Module, path: Path) -> None:
+# %% nbgrader={"grade": false, "grade_id": "save-trained", "locked": false, "schema_version": 3, "solution": true, "task": false}
+def save_trained(model: nn.Module, path: Path) -> None:
     """Write the trained parameters of a sharded model to a safetensors file, under their names; every rank calls this."""
     ### BEGIN SOLUTION
     adapter = {name: parameter.full_tensor() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if dist.get_rank() == 0:
+    if get_rank() == 0:
         unfinished = path.with_name(path.name + ".unfinished")
         save_file(adapter, unfinished)
         os.replace(unfinished, path)
-    dist.barrier()
+    barrier()
     ### END SOLUTION
 
 
-# %% nbgrader={"grade": true, "grade_id": "check-save-adapter", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
-check_save_adapter(save_adapter)
+# %% nbgrader={"grade": true, "grade_id": "check-save-trained", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+check_save_trained(save_trained)
 
 # %% [markdown]
 # The file knows nothing of ranks: one process can read it.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    run(lambda: save_adapter(sharded_adapter(), Path(folder) / "adapter.safetensors"), 2)
+    run(lambda: save_trained(sharded_adapter(), Path(folder) / "adapter.safetensors"), 2)
     for file in Path(folder).iterdir():
         print(file.name, {name: tuple(tensor.shape) for name, tensor in load_file(file).items()})
 
@@ -1092,9 +1097,9 @@ def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, folder: 
     """Write a checkpoint; every rank calls it. The folder appears under its name when all ranks have written."""
     unfinished = folder.with_suffix(".unfinished")
     dcp.save(training_state(model, optimizer), checkpoint_id=unfinished)
-    if dist.get_rank() == 0:
+    if get_rank() == 0:
         unfinished.rename(folder)
-    dist.barrier()
+    barrier()
 
 
 def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -1113,7 +1118,7 @@ def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, folder: 
 # %% tags=["experiment"]
 def train_on(model: Llama, folder: Path, start: int, killed_in: int | None = None) -> list[float]:
     """Train from a step on, up to step 20, with a checkpoint every five; return the losses."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = get_rank(), get_world_size()
     shard(model, init_device_mesh("cpu", (world_size,)), torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     if start:
@@ -1147,16 +1152,18 @@ with tempfile.TemporaryDirectory() as name:
         assert apart < 1e-4, "training goes on otherwise than it would have"
 
 # %% [markdown]
-# *What to see.* The killed rank takes the other one along: `run` ends it within a second, and says who was killed. `torchrun`
-# does the same. The checkpoint of step 10 was written by two ranks, and one and three ranks read it.
+# *What to see.* The killed rank takes the other one along: `run` ends it, and says who was killed. The checkpoint of step 10
+# was written by two ranks, and one and three ranks read it.
 
 # %% [markdown]
 # ## 8. On real GPUs
 #
-# `run` forks this notebook, and a forked process cannot use a GPU. Real training starts a Python for each GPU with `torchrun`,
-# and runs a file. Below, your functions and a `main` go into `train.py` as they are. What differs from the cells above is the
-# backend ("nccl" between GPUs), the device and the dtype. On this machine `torchrun` starts two processes on the CPU, with
-# SmolLM2 and `tool_calls`. On a machine with eight GPUs it is `torchrun --nproc-per-node 8 train.py 200`.
+# `run` forks this notebook, and a forked process cannot use a GPU that its parent has used. Real training starts a Python for
+# each GPU with `torchrun`, and runs a file. Below, your functions and a `main` go into `train.py` as they are. What differs
+# from the cells above is the device, the dtype and the backend, the library that carries messages: "gloo" between CPUs, "nccl"
+# between GPUs. (`PYTHONPATH` tells it where `peftlab` is, if that is not installed.) On this machine `torchrun` starts two
+# processes on the CPU, with SmolLM2 and `tool_calls`. On a machine with eight GPUs it is `torchrun --nproc-per-node 8 train.py
+# 200`.
 
 # %% tags=["experiment"]
 IMPORTS = """
@@ -1169,6 +1176,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import barrier, get_rank, get_world_size
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -1198,24 +1206,24 @@ def main(steps: int) -> None:
     torch.manual_seed(0)  # the same factors on every rank, before they are sharded
     model, tokenizer = load_smollm2()
     with_lora(model).to(device)
-    shard(model, init_device_mesh(device.type, (dist.get_world_size(),)), dtype)
+    shard(model, init_device_mesh(device.type, (get_world_size(),)), dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     train = tasks.tool_calls(tokenizer).train
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     for step in range(steps):
-        mine = order[8 * step : 8 * step + 8][dist.get_rank() :: dist.get_world_size()]
+        mine = order[8 * step : 8 * step + 8][get_rank() :: get_world_size()]
         input_ids, labels = tasks.collate([train[row] for row in mine])
         loss = train_step(model, optimizer, [(input_ids.to(device), labels.to(device))])
-        if dist.get_rank() == 0:
+        if get_rank() == 0:
             print(f"step {step + 1}: loss {loss:.4f}", flush=True)
-    save_adapter(model, Path("adapter.safetensors"))
+    save_trained(model, Path("adapter.safetensors"))
     dist.destroy_process_group()
 
 
 # %% tags=["experiment"]
 SHARDED = Path("sharded")
 SHARDED.mkdir(exist_ok=True)
-defined = [LoRALinear.__init__, with_lora, shard, train_step, save_adapter, prepare_rank, main]
+defined = [LoRALinear.__init__, with_lora, shard, train_step, save_trained, prepare_rank, main]
 parts = ["".join(inspect.findsource(part)[0]) for part in defined]  # the whole cell in which each was defined
 (SHARDED / "train.py").write_text("\n\n".join([IMPORTS, *parts, "main(steps=int(sys.argv[1]))\n"]))
 torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -1259,7 +1267,7 @@ def rows_with_bugs(rows: int, epoch: int, rank: int, world_size: int, seed: int)
 # %%
 def read_epoch(rows_of, epoch: int) -> list[int]:
     """Return what this rank reads in an epoch of ten rows."""
-    return rows_of(10, epoch, dist.get_rank(), dist.get_world_size(), seed=0).tolist()
+    return rows_of(10, epoch, get_rank(), get_world_size(), seed=0).tolist()
 
 
 def show_epochs(rows_of) -> None:
@@ -1274,6 +1282,19 @@ def show_epochs(rows_of) -> None:
 
 
 show_epochs(rows_with_bugs)
+
+
+# %%
+def train_for_an_epoch(rows_of: Callable) -> None:
+    """Stand for training: for each of its rows, this rank sums a gradient with the others."""
+    for _ in rows_of(10, 0, get_rank(), get_world_size(), seed=0):
+        all_reduce(torch.ones(1))
+
+
+try:
+    run(train_for_an_epoch, 4, rows_with_bugs)
+except RankError as error:
+    print(error)
 
 # %% [markdown]
 # Find out what is wrong, and write `rows_of_rank`. There is more than one bug.
@@ -1387,9 +1408,15 @@ print("by default, four ranks:", padded)
 # %% [markdown]
 # ## What you have now
 #
-# A layer whose weight is nowhere whole, a model that is sharded by PyTorch's engine with LoRA and with a base in 4 bits, a step
-# that gives the same losses on any number of ranks, a file and a checkpoint that outlive a killed process, and `train.py`,
-# which runs on real GPUs. Unit 11's decision guide asks first whether one GPU is enough; this unit is for when it is not.
+# You have
+#
+# - a layer whose weight is whole only while it is used;
+# - a model that PyTorch's engine shards, with LoRA and with a base in 4 bits, and a step that gives the same losses on any
+#   number of ranks;
+# - a file and a checkpoint that outlive a killed process;
+# - `train.py`, which is made for real GPUs, and has run on two processes here.
+#
+# Unit 11's decision guide has options on several cards: they are this unit's ranks.
 #
 # ## Sources
 #

@@ -29,7 +29,7 @@ CASES = {
         "with three ranks": lambda generator: many.train_case(generator, world_size=3),
         "with one micro-batch": lambda generator: many.train_case(generator, micro_batches=1),
     },
-    many.check_save_adapter: {
+    many.check_save_trained: {
         "with three ranks": lambda generator: many.save_case(generator, world_size=3),
         "in bfloat16": lambda generator: many.save_case(generator, dtype=torch.bfloat16),
     },
@@ -43,4 +43,6 @@ CASES = {
 
 SURVIVORS = {
     "seed + epoch  ->  seed - epoch": "any seed made of both is as right",
+    "torch.zeros((), device=count.device)  ->  torch.zeros(())": "the count is on the CPU, where zeros are made by default",
+    "'.unfinished'  ->  '.unfinishedx'": "any other name in the folder is as right",
 }

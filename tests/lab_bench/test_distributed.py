@@ -13,7 +13,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from peftlab.distributed import RankError, Traffic, all_gather, all_reduce, bytes_sent, loss_and_count, reduce_scatter, run
+from peftlab.distributed import (
+    RankError,
+    Traffic,
+    all_gather,
+    all_reduce,
+    bytes_sent,
+    loss_and_count,
+    reduce_scatter,
+    run,
+    run_apart,
+)
 from peftlab.llama import IGNORE, PRESETS, Llama, causal_loss
 
 
@@ -117,7 +127,7 @@ def unwritten() -> None:
         (
             alone,
             RankError,
-            r"rank 0 of 3 waited in `all_gather`, called by line \d+ of `alone` for a rank .* ended: 1, 2",
+            r"rank 0 of 3 waited in `all_gather` \(line \d+ of `alone`\) for a rank that had ended: 1, 2",
         ),
         (unwritten, NotImplementedError, "write me"),
         (lambda: os._exit(3), RankError, "rank 0 of 3 ended itself with exit code 3"),
@@ -165,3 +175,25 @@ def test_ranks_end_when_the_notebook_dies():
     for rank in alive:
         rank.kill()
     assert len(gone) == 2
+
+
+def test_what_runs_apart_belongs_to_no_group():
+    def inside(number):
+        return dist.is_initialized(), os.getpid() != outside, number
+
+    outside = os.getpid()
+    assert run_apart(inside, 7) == (False, True, 7)
+    with pytest.raises(RankError, match=r"raised ValueError: no \(line \d+ of `fails`\)"):
+        run_apart(fails)
+
+
+def fails() -> None:
+    raise ValueError("no")
+
+
+def test_a_backward_in_the_notebook_is_named_where_it_forbids_one_in_ranks():
+    def inside():
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing.")
+
+    with pytest.raises(RankError, match="restart the notebook"):
+        run(inside, 1)

@@ -3,7 +3,7 @@
 from autograder.checking.exercise import Exercise
 from autograder.checks.many_gpus.held_by_rank import check_held_by_rank, held_case
 from autograder.checks.many_gpus.rows_of_rank import check_rows_of_rank, rows_case
-from autograder.checks.many_gpus.save_adapter import check_save_adapter, save_case
+from autograder.checks.many_gpus.save_trained import check_save_trained, save_case
 from autograder.checks.many_gpus.sent_in_step import check_sent_in_step, step_case
 from autograder.checks.many_gpus.shard import check_shard, shard_case
 from autograder.checks.many_gpus.sharded_linear import check_sharded_linear, sharded_case

@@ -16,6 +16,7 @@ def in_ranks(world_size, act):
     import sys
     import time
     import traceback
+    import warnings
     from collections import Counter
 
     import torch
@@ -105,6 +106,7 @@ def in_ranks(world_size, act):
         return None
 
     def begin():
+        warnings.simplefilter("ignore")
         watch, rank = Watch(), dist.get_rank()
         gc.freeze()  # what was there before the fork need not be gone through
         try:

@@ -57,17 +57,24 @@ def drive_shard(shard, weights, input_ids, compute_dtype, tied, layers):
         observation = {
             "the very model is returned": returned is model,
             "parameters that are not sharded": [name for name, p in parameters.items() if not isinstance(p, DTensor)],
+            "the shards lie on the mesh that was given": all(
+                p.device_mesh is mesh for p in parameters.values() if isinstance(p, DTensor)
+            ),
             "the dtype in which the shards are kept": sorted({str(p.dtype)[6:] for p in parameters.values()}),
             "what is trained": [name for name, p in parameters.items() if p.requires_grad],
         }
         with Traffic() as forward:
-            logits = model(input_ids[dist.get_rank()])
+            try:
+                logits = model(input_ids[dist.get_rank()])
+            except RuntimeError as error:
+                return observation | {"what forward raises": f"{type(error).__name__}: {error}"}
             loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), input_ids[dist.get_rank()][0, 1:])
         with Traffic() as backward:
             loss.backward()
         gradients = [parameters[name].grad for name in trained]
         gradients = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients if g is not None]
         observation |= {
+            "what forward raises": "nothing",
             "all-gathers in forward": sizes(forward, "all_gather"),
             "all-gathers in backward": sizes(backward, "all_gather"),
             "reduce-scatters in backward": sizes(backward, "reduce_scatter"),
@@ -98,6 +105,14 @@ check_shard = Exercise(
     helpers=[fill],
     tolerance=shard_tolerance,
     mistakes={
+        "the model became a group before its layers did, which torch refuses: inner modules first": {
+            _LAYERS: "",
+            _ROOT: _ROOT + _LAYERS,
+        },
+        "no mesh is given: FSDP then makes one of its own": {
+            _LAYER: "        fully_shard(layer, mp_policy=policy)",
+            _ROOT: "    fully_shard(model, mp_policy=policy)\n",
+        },
         "the model is not returned: end with `return model`": {"    return model": "    return None"},
         "the model is one group: all its weights are gathered at once. Make every decoder layer a group first": {_LAYERS: ""},
         "what is outside the decoder layers (embedding, norm, head) is not sharded: shard the model, too": {_ROOT: ""},

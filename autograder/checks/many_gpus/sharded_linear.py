@@ -264,6 +264,9 @@ check_sharded_linear = Exercise(
         "the layer keeps the layer that it was given, with the whole weight: keep `shard` alone": {
             _PARAMETER: _PARAMETER + "\n        self.linear = linear",
         },
+        "the rows are dealt in turn: rank 0 has the first rows side by side, rank 1 the next ones, and so on": {
+            _OWN: "linear.weight.detach()[rank::world_size].clone()",
+        },
         "every rank keeps the first rows: which ones are its own depends on its rank": {
             _OWN: "linear.weight.detach()[:rows].clone()",
         },

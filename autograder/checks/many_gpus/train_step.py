@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from autograder.checking.cases import normal
 from autograder.checking.exercise import Exercise
 from autograder.checking.helpers import fill
+from autograder.checks.many_gpus.helpers import in_ranks
 from peftlab.distributed import all_reduce, loss_and_count
 from peftlab.llama import IGNORE
 
@@ -49,14 +50,14 @@ def drive_train_step(train_step, weights, input_ids, labels):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    from peftlab.distributed import Traffic, run
+    from peftlab.distributed import Traffic
     from peftlab.llama import Llama, LlamaConfig
 
     def whole(tensors):
         tensors = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors if t is not None]
         return torch.cat([t.detach().flatten() for t in tensors]) if tensors else torch.zeros(0)
 
-    def in_a_rank():
+    def act(watch):
         model = Llama(LlamaConfig(40, 8, 12, 1, 2, 1))
         fill(model.requires_grad_(False), weights)
         for name, parameter in model.named_parameters():
@@ -77,10 +78,10 @@ def drive_train_step(train_step, weights, input_ids, labels):
         rank = dist.get_rank()
         batches = list(zip(input_ids[rank].clone(), labels[rank].clone(), strict=True))
         with Traffic() as traffic:
-            value = train_step(model, optimizer, batches)
-        is_number = isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1)
+            value = watch.call(train_step, model, optimizer, batches)
+        is_number = isinstance(value, (int, float))
         return {
-            "what is returned": "a number" if is_number else str(value),
+            "what is returned": "a number" if is_number else type(value).__name__,
             "how often the optimizer steps": len(seen),
             "reduce-scatters (the model has two groups with trained parameters)": traffic.calls().get("reduce_scatter", 0),
             "parameters that have a gradient afterwards": sum(p.grad is not None for p in trained),
@@ -89,7 +90,7 @@ def drive_train_step(train_step, weights, input_ids, labels):
             "the trained parameters afterwards": whole(trained),
         }
 
-    return run(in_a_rank, len(input_ids), seconds=20)[-1]
+    return in_ranks(len(input_ids), act)[-1]
 
 
 def step_tolerance(case: dict) -> dict[str, float]:
@@ -112,7 +113,7 @@ check_train_step = Exercise(
     spec=[train_step],
     cases=lambda generator: [train_case(generator)],
     driver=drive_train_step,
-    helpers=[fill],
+    helpers=[fill, in_ranks],
     tolerance=step_tolerance,
     mistakes={
         "nothing is returned: return the mean loss": {f"    return {_RETURN}": f"    {_RETURN}"},
@@ -143,7 +144,10 @@ check_train_step = Exercise(
             _BACKWARD: _BACKWARD + "        optimizer.step()\n        optimizer.zero_grad()\n",
             _STEP: "",
         },
-        "the gradients are not set back after the step: the next step would add to them": {_STEP: "    optimizer.step()\n"},
+        "a tensor is returned: `.item()` makes a number of it": {f"{_RETURN}": "all_reduce(total) / count"},
+        "the parameters still have gradients after the step: `optimizer.zero_grad()` sets them to None": {
+            _STEP: "    optimizer.step()\n"
+        },
         "this rank's own mean is returned: sum losses over the ranks, too": {
             _RETURN: "total.item() / sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels in batches)"
         },

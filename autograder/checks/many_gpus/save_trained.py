@@ -15,7 +15,7 @@ from autograder.checking.helpers import fill, read_file
 from autograder.checks.many_gpus.helpers import in_ranks
 
 
-def save_adapter(model: nn.Module, path: Path) -> None:
+def save_trained(model: nn.Module, path: Path) -> None:
     """Gather every trained parameter in all ranks; write them in rank 0, under another name first; wait for it."""
     adapter = {}
     for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def save_case(generator: torch.Generator, world_size: int = 2, dtype: torch.dtyp
     return {"world_size": world_size, "weights": normal(generator, size, dtype=dtype), **sizes}
 
 
-def drive_save_adapter(save_adapter, world_size, weights, in_features, out_features, rank):
+def drive_save_trained(save_trained, world_size, weights, in_features, out_features, rank):
     """Save a model in place of an earlier file; note what each rank calls and finds, and what becomes of the folder.
 
     When half of the file is written, the rank that writes pauses until all higher ranks have called their next collective or
@@ -59,7 +59,7 @@ def drive_save_adapter(save_adapter, world_size, weights, in_features, out_featu
             super().__init__()
             shapes = {"base": (out_features, in_features), "lora_A": (rank, in_features), "lora_B": (out_features, rank)}
             for name, shape in shapes.items():
-                tensor = torch.empty(shape, dtype=weights.dtype)
+                tensor = torch.empty(shape, dtype=torch.bfloat16 if name == "lora_A" else weights.dtype)
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=trained and name != "base"))
 
     def sharded_model():
@@ -110,11 +110,11 @@ def drive_save_adapter(save_adapter, world_size, weights, in_features, out_featu
             listening.append(True)
 
         safetensors.torch.save_file = save_slowly  # in this process, which ends soon
-        names = getattr(save_adapter, "__globals__", {})
+        names = getattr(save_trained, "__globals__", {})
         names.update({name: save_slowly for name, value in names.items() if value is save})
         sys.addaudithook(hear)
         listening.append(True)
-        watch.call(save_adapter, model, Path(file))
+        watch.call(save_trained, model, Path(file))
         listening.clear()
         return seen | {"found": read_file(path) if path.is_file() else "none", "gathers": watch.calls["all_gather"]}
 
@@ -126,7 +126,7 @@ def drive_save_adapter(save_adapter, world_size, weights, in_features, out_featu
         return {"ranks": ranks, "file": read_file(path) if path.is_file() else "none", "folder": sorted(os.listdir(folder))}
 
 
-def read_save_adapter(observation: Observation, case: dict) -> Observation:
+def read_save_trained(observation: Observation, case: dict) -> Observation:
     """Read the file, as bytes, without the student's help, and put into words what each rank found."""
     ranks, file = observation["ranks"], observation["file"]
     names, tensors, _ = read_safetensors(file)
@@ -161,11 +161,11 @@ _UNFINISHED = 'path.with_name(path.name + ".unfinished")'
 _SAVE = "save_file(adapter, unfinished)"
 _RENAME = "os.replace(unfinished, path)"
 
-check_save_adapter = Exercise(
-    spec=[save_adapter],
-    driver=drive_save_adapter,
+check_save_trained = Exercise(
+    spec=[save_trained],
+    driver=drive_save_trained,
     helpers=[fill, in_ranks, read_file],
-    reading=read_save_adapter,
+    reading=read_save_trained,
     cases=lambda generator: [save_case(generator)],
     mistakes={
         "only rank 0 gathers, and waits for the others for ever: `full_tensor` is a collective, so every rank calls it": {
@@ -226,7 +226,7 @@ check_save_adapter = Exercise(
             _RENAME: "unfinished.replace(path)",
         },
         "the state dict, redistributed": """
-            def save_adapter(model, path):
+            def save_trained(model, path):
                 import safetensors.torch
                 from torch.distributed.tensor import Replicate
 
@@ -239,7 +239,7 @@ check_save_adapter = Exercise(
                 dist.all_reduce(torch.zeros(1))
         """,
         "PyTorch's own function for state dicts, and a temporary file": """
-            def save_adapter(model, path):
+            def save_trained(model, path):
                 import tempfile
                 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

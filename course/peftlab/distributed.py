@@ -300,6 +300,7 @@ class _Rank:
             os.dup2(printed.fileno(), stream)
         sys.stdout = sys.stderr = printed
         torch.set_num_threads(1)
+        torch.cuda.is_available, torch.cuda.device_count = (lambda: False), (lambda: 0)  # nothing here may use a GPU
         try:
             if self.grouped:
                 store = dist.FileStore(str(self.folder / "store"), self.world_size)

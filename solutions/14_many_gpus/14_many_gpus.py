@@ -776,7 +776,10 @@ def twenty_steps(model: Llama, rows: Int[Tensor, "steps 6 seq"], labels: Int[Ten
 # %% tags=["experiment"]
 rows = torch.randint(0, 256, (1, 6, 24), generator=torch.Generator().manual_seed(1)).repeat(20, 1, 1)
 labels = torch.where(torch.rand(rows.shape, generator=torch.Generator().manual_seed(2)) < 0.6, rows, IGNORE)
-by_ranks = {world_size: run(twenty_steps, world_size, tiny, rows, labels)[0] for world_size in tqdm((1, 2, 3))}
+by_ranks = {
+    world_size: run(twenty_steps, world_size, tiny, rows, labels, seconds=300)[0]
+    for world_size in tqdm((1, 2, 3), file=sys.stdout, leave=False)
+}
 for world_size, losses in by_ranks.items():
     apart = max(abs(a - b) for a, b in zip(losses, by_ranks[1]))
     print(f"LoRA, {world_size} ranks: loss {losses[0]:.4f} to {losses[-1]:.4f}, at most {apart:.0e} from one rank's")
@@ -824,7 +827,10 @@ class NF4Linear(nn.Module):
 torch.manual_seed(0)
 tiny_in_bits = with_lora(Llama(replace(PRESETS["tiny"], intermediate_size=192)), NF4Linear)
 set_gradient_checkpointing(tiny_in_bits, True)  # or each layer's unpacked weight waits for backward
-by_ranks = {world_size: run(twenty_steps, world_size, tiny_in_bits, rows, labels)[0] for world_size in tqdm((1, 2, 3))}
+by_ranks = {
+    world_size: run(twenty_steps, world_size, tiny_in_bits, rows, labels, seconds=300)[0]
+    for world_size in tqdm((1, 2, 3), file=sys.stdout, leave=False)
+}
 for world_size, losses in by_ranks.items():
     apart = max(abs(a - b) for a, b in zip(losses, by_ranks[1]))
     print(f"QLoRA, {world_size} ranks: loss {losses[0]:.4f} to {losses[-1]:.4f}, at most {apart:.0e} from one rank's")
@@ -923,7 +929,7 @@ LARGE, TOKENS = "Llama-2-70B", 512
 SETTINGS = [("full", 8), ("full", 32), ("LoRA", 2), ("LoRA", 8), ("QLoRA", 1), ("QLoRA", 2), ("QLoRA", 4)]
 in_bf16 = partial(shard, compute_dtype=torch.bfloat16)
 rank_rows = []
-for method, world_size in tqdm(SETTINGS[-1:] if settings.short() else SETTINGS):
+for method, world_size in tqdm(SETTINGS[-1:] if settings.short() else SETTINGS, file=sys.stdout, leave=False):
     recipe = RECIPES.get(method, Recipe())
     step = simulate_sharded_step(
         PRESETS[LARGE],
@@ -1138,13 +1144,13 @@ def train_on(model: Llama, folder: Path, start: int, killed_in: int | None = Non
 with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     try:
-        run(train_on, 2, tiny, folder, 0, 13)
+        run(train_on, 2, tiny, folder, 0, 13, seconds=300)
     except RankError as error:
         print(error)
     print("checkpoints:", sorted(path.name for path in folder.iterdir()))
-    undisturbed = run(train_on, 1, tiny, folder, 0)[0]
+    undisturbed = run(train_on, 1, tiny, folder, 0, seconds=300)[0]
     for world_size in (1, 3):
-        resumed = run(train_on, world_size, tiny, folder, 10)[0]
+        resumed = run(train_on, world_size, tiny, folder, 10, seconds=300)[0]
         apart = max(abs(a - b) for a, b in zip(resumed, undisturbed[10:], strict=True))
         print(
             f"{world_size} ranks go on from step 10: loss {resumed[-1]:.4f} in step 20; undisturbed, at most {apart:.0e} apart"

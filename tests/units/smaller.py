@@ -23,6 +23,7 @@ SIZES = {
     "02_rank_decomposition": SMALL | {"num_hidden_layers": 30},  # names layer 29
     "03_layer_freezing": SMALL | {"num_hidden_layers": 30},  # freezes up to 30 layers
     "05_prompt_tuning": {"num_hidden_layers": 3},  # makes a prompt of width 576
+    "14_many_gpus": {},  # its `torchrun` starts Pythons of their own, which load the real one
     "07_adapters": {"num_hidden_layers": 16, "intermediate_size": 128},  # names layer 15, and makes an adapter of width 576
 }
 """Sizes for the masters that need others than `SMALL`."""

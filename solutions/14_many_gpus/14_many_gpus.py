@@ -11,7 +11,7 @@
 #
 # | minutes | difficulty | points | before this unit |
 # |---|---|---|---|
-# | 130, and 5 of experiments on two CPU cores | 5 of 5 | 17 | 08_lora, 10_qlora |
+# | 110, and 5 of experiments on two CPU cores | 5 of 5 | 17 | 08_lora, 10_qlora |
 #
 # A model that is too large for one GPU is shared by several. PyTorch has an engine for that, and it works with LoRA and with
 # 4-bit weights. Here you build its core by hand, then use it, and count every byte on the way: what is sharded, what travels
@@ -171,15 +171,13 @@ plots.show(
 )
 
 # %% [markdown]
-# *What to see.* Colours are ranks, and grey is a sum. Rank 0 has the ones, rank 1 the tens, rank 2 the hundreds, rank 3 the
-# thousands, so each digit of a sum comes from another rank. After a reduce-scatter a rank has one of the sums, after an
-# all-reduce it has all of them. An all-gather of what the reduce-scatter leaves gives exactly what the all-reduce gives.
+# *What to see.* Colours are ranks, and grey is a sum: each of its digits comes from another rank. After a reduce-scatter a rank
+# has one of the sums, after an all-reduce it has all of them.
 
 # %% [markdown]
 # ## 1. What a step sends  ·  2 points, about 10 minutes
 #
-# A GPU reads its own memory many times faster than another GPU's. Before you choose how to spread a model, count what each rank
-# has to send.
+# Before you choose how to spread a model, count what each rank has to send.
 #
 # With **data parallel**, every rank holds the whole model and reads its own rows. **ZeRO** (Rajbhandari et al. 2020) shards
 # what the ranks would hold several times over. It has three stages, and PyTorch's FSDP is the third:
@@ -192,8 +190,7 @@ plots.show(
 # | `"ZeRO-3"` | the parameters, too, frozen ones as well as trained | an all-gather of all parameters in forward, another one in backward, and a reduce-scatter of the gradients |
 #
 # Under ZeRO-3 a layer's parameters are gathered just before the layer computes, and freed right after. Backward gathers them
-# once more. It also needs the frozen ones, because a frozen weight still makes the gradient of its layer's input. There is no
-# all-gather after the step: the next forward does it.
+# once more. It also needs the frozen ones, because a frozen weight still makes the gradient of its layer's input.
 #
 # **Predict.** Eight ranks fine-tune 7 billion parameters in bf16 with LoRA. Trained are 40 million parameters, 80 MB. How many
 # times as many bytes does a rank send under ZeRO-3 as under data parallel?
@@ -225,10 +222,6 @@ for collective in ("reduce_scatter", "all_reduce"):
 #
 # The bytes of the whole tensor, as if it were on one rank. For a reduce-scatter of the gradients that is `trained`, and the
 # function takes care of the number of ranks.
-# </details>
-# <details><summary>The check says that something is missing under ZeRO-3</summary>
-#
-# There are three collectives. Two of them move `frozen + trained` bytes.
 # </details>
 
 
@@ -294,8 +287,7 @@ print(f"LoRA: ZeRO-3 sends {times:.1f} times what data parallel sends; you said 
 # %% [markdown]
 # ## 2. What a rank holds  ·  2 points, about 10 minutes
 #
-# Sharding is worth its bytes only if the ranks' memory shrinks by enough. By how much it shrinks depends on what is large: the
-# parameters, or what belongs to the trained ones.
+# Sharding is worth its bytes only if the ranks' memory shrinks by enough.
 #
 # Write `held_by_rank`. It returns the bytes that a rank holds after backward and before the optimizer's step. Activations, and
 # the layer that ZeRO-3 has gathered for a moment, do not count.
@@ -317,10 +309,6 @@ moments = torch.zeros(2, 1_000)
 print({"parameters": parameters.nbytes, "gradients": parameters.nbytes, "optimizer_state": moments.nbytes})
 
 # %% [markdown]
-# <details><summary>Does a rank hold frozen parameters under ZeRO-3?</summary>
-#
-# It holds its shard of them, like its shard of the trained ones. No rank holds a whole copy.
-# </details>
 # <details><summary>The check says that a number is too large</summary>
 #
 # ZeRO-2 includes ZeRO-1, and ZeRO-3 includes ZeRO-2. The frozen parameters appear under one key only.
@@ -384,23 +372,19 @@ for method, (frozen, trained) in METHODS.items():
 # nothing: only trained parameters have gradients and states. What is left is the frozen base, which every rank holds whole. Two
 # things make that smaller: ZeRO-3 divides it, and QLoRA stores it in 4 bits.
 #
-# Put both tables side by side. If a LoRA run fits a card, data parallel is enough, because nothing sends less. If the base does
-# not fit, try 4 bits first, because they add nothing to what is sent. ZeRO-3 is for a base that is too large even so.
+# If a LoRA run fits a card, data parallel is enough, because nothing sends less. If the base does not fit, try 4 bits first,
+# because they add nothing to what is sent. ZeRO-3 is for a base that is too large even so.
 
 # %% [markdown]
 # ## 3. A linear layer in shards  ·  3 points, about 25 minutes
 #
-# A rank that holds every weight needs a card as large as the model. With FSDP, PyTorch's ZeRO-3, each rank holds a part of
-# every weight. Just before a layer computes, the ranks put its parts together; right afterwards they drop what is not their
-# own. This happens in forward and once more in backward, layer by layer. Here you build it for one linear layer.
-#
-# Its three lines are in the table at the top. The loss of the whole batch is the mean of the ranks' losses. Two things in the
-# table surprise many readers:
+# FSDP, PyTorch's ZeRO-3, puts each layer together just before it computes, and drops it right afterwards. Here you build that
+# for one linear layer. Its three lines are in the table at the top. Two things in them surprise many readers:
 #
 # - **A frozen layer gathers its weight in backward as well.** Whatever is trained below it needs the gradient of its input, and
 #   that takes the whole weight. Only the third line is spared.
-# - **Only the gradient of $W$ is divided.** It is a sum over all ranks, of which the mean is wanted. The gradient of $x_i$
-#   belongs to rank $i$'s own loss, and nothing is summed in it.
+# - **Only the gradient of $W$ is divided.** It is summed over the ranks, and the loss is their mean. The gradient of $x_i$
+#   belongs to rank $i$'s own loss.
 #
 # **An example**, by hand, on two ranks. The weight has four rows, so each rank holds two.
 
@@ -440,33 +424,19 @@ _ = run(one_layer_by_hand, 2)
 # - If the rows cannot be dealt evenly, the constructor raises a `ValueError`.
 # - `forward` returns `GatheredLinear.apply(x, self.shard)`.
 #
-# `all_gather(shard)` and `reduce_scatter(whole)` come from `peftlab.distributed`. The collectives of `torch.distributed` are
-# right as well.
+# The collectives of `torch.distributed` are right as well.
 #
 # <details><summary>How does backward know what needs a gradient?</summary>
 #
 # `ctx.needs_input_grad` has a bool for each argument of `forward` behind `ctx`, in order. `backward` returns as many values.
 # </details>
-# <details><summary>The shapes fit for one leading dimension, and not for two</summary>
-#
-# For the weight, all leading dimensions are rows of one matrix: `grad_output.flatten(0, -2)`, and the same for `x`.
-# </details>
 # <details><summary>The check says that something keeps the whole weight alive</summary>
 #
 # Rows that are cut out of a tensor are a view: they share its memory, and keep all of it. `.clone()` copies them.
 # </details>
-# <details><summary>The check counts bytes that forward or backward leaves</summary>
-#
-# What is passed to `ctx.save_for_backward`, or set as an attribute of `ctx`, lives as long as the output does. Pass `x` and the
-# shard, and gather again in `backward`.
-# </details>
 # <details><summary>The check says that a rank waits for ever</summary>
 #
 # A collective returns when all ranks have called it. So no condition in front of one may depend on the rank.
-# </details>
-# <details><summary>What does forward look like?</summary>
-#
-# `ctx.save_for_backward(x, shard)`, then the first line of the table. In `backward`, `x, shard = ctx.saved_tensors`.
 # </details>
 
 
@@ -553,8 +523,7 @@ for trained in (True, False):
     print(f"{'trained' if trained else 'frozen':>8}: {each}; together {sum(sent.values()):,.0f} bytes")
 
 # %% [markdown]
-# *What to see.* A trained layer sends three times what one all-gather sends, and a frozen one twice. Freezing spares the
-# reduce-scatter alone: under FSDP the frozen base still goes through the network twice in every step.
+# *What to see.* A trained layer sends three times what one all-gather sends, and a frozen one twice.
 
 # %% [markdown]
 # ## 4. The engine  ·  2 points, about 15 minutes
@@ -589,9 +558,6 @@ def shard_one_layer() -> list[object]:
 print(run(shard_one_layer, 2)[0])
 
 # %% [markdown]
-# <details><summary>The check says that the whole model is gathered at once</summary>
-# Then the decoder layers are no groups. Call `fully_shard` for each of them, and for the model last.
-# </details>
 # <details><summary>How does the policy get there?</summary>
 #
 # `fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=..., reduce_dtype=...))`, for the layers and for
@@ -674,16 +640,15 @@ print(f"half of the model's own group: {head_and_embedding / 2:,.0f}")
 # %% [markdown]
 # *What to see.* The engine sends less than the formula says, by exactly half of what the model's own group holds. That group is
 # gathered once instead of twice: FSDP2 keeps the outermost one gathered from forward to backward, where it would be needed
-# first anyway. The other bytes are those of `sent_in_step`, exactly. (That is in fp32. With weights in bf16 our `reduce_dtype`
-# doubles the bytes of the gradients.)
+# first anyway. The other bytes are those of `sent_in_step`, exactly. (In fp32; with bf16 weights our `reduce_dtype` doubles the
+# gradients' bytes.)
 
 # %% [markdown]
 # ## 5. A step of several micro-batches  ·  2 points, about 20 minutes
 #
-# A rank that has no room for its rows takes them in several micro-batches, and adds up gradients before the optimizer steps.
-# Two things go wrong in practice. The first is traffic: FSDP reduces the gradients after *every* backward, although the sum is
-# wanted once. The second is the loss. Rows have different numbers of labels, and a mean of means gives a token in a short row
-# more weight. `transformers` and trl divided like that until October 2024 (trl issue 2175).
+# A rank without room for its rows takes them in micro-batches, and adds up gradients before the optimizer steps. Two things go
+# wrong in practice. FSDP reduces the gradients after *every* backward, although the sum is wanted once. And rows have different
+# numbers of labels: a mean of means gives a token in a short row more weight (trl issue 2175).
 #
 # Write `train_step(model, optimizer, batches)`, which every rank calls with its own micro-batches, each a pair of `input_ids`
 # and `labels`. The model went through `fully_shard`.
@@ -786,7 +751,7 @@ for world_size, losses in by_ranks.items():
     assert apart < 1e-4, "the number of ranks changes the losses: run the checks above again"
 
 # %% [markdown]
-# ### And with a base in four bits
+# ### And with a base in four bits  ·  optional, about 10 minutes
 #
 # QLoRA's weights are not numbers but bytes: two codes in each, and an `absmax` for every 64 weights (unit 10). Nothing keeps
 # FSDP2 from sharding bytes: each rank holds some rows of codes, and rows of the `absmax` that belong to them. There are two
@@ -837,8 +802,8 @@ for world_size, losses in by_ranks.items():
     assert apart < 1e-4, "the number of ranks changes the losses: run the checks above again"
 
 # %% [markdown]
-# In FSDP's first version this did not work, and that is why FSDP-QLoRA had to wait for Answer.AI and bitsandbytes in
-# March 2024. FSDP1 joins all parameters of a group into *one* flat tensor. Here is what it says to our layers:
+# In FSDP's first version this did not work. FSDP1 joins all parameters of a group into *one* flat tensor. Here is what it says
+# to our layers:
 
 
 # %% tags=["experiment"]
@@ -862,8 +827,7 @@ print("NF4, bytes:", *run(flatten_as_fsdp1, 2, NF4Linear(nn.Linear(64, 64, bias=
 # %% [markdown]
 # So trained and frozen parameters had to lie in groups of their own, and bytes had to look like floats. bitsandbytes got
 # `bnb_4bit_quant_storage`: the codes are stored in a tensor whose dtype *says* bf16, the dtype of the rest of the group. If the
-# two dtypes differ, FSDP converts codes as if they were numbers, and the README of Answer.AI's `fsdp_qlora` warns that they are
-# then "essentially" random weights.
+# two dtypes differ, FSDP converts codes as if they were numbers (the README of Answer.AI's `fsdp_qlora` warns of that).
 
 # %% [markdown]
 # ## 6. Seventy billion parameters on two cards
@@ -988,8 +952,8 @@ plots.show(
 # %% [markdown]
 # ## 7. Save what was trained  ·  2 points, about 15 minutes
 #
-# `fully_shard` has turned each parameter into a **DTensor**: it has the shape of the whole, and its rank's rows in memory. A
-# file that a rank writes from its memory would hold a part of the adapter. `parameter.full_tensor()` gathers the whole.
+# A file that a rank writes from its memory would hold a part of the adapter. `parameter.full_tensor()` gathers a `DTensor`
+# whole.
 
 
 # %%
@@ -1000,15 +964,6 @@ def sharded_adapter() -> nn.Module:
     fully_shard(model, mesh=init_device_mesh("cpu", (get_world_size(),)))
     return model
 
-
-def look_at_a_parameter() -> None:
-    """Print the shapes of a sharded parameter: as it seems, as it is in this rank, and gathered."""
-    parameter = sharded_adapter()[1].weight
-    here, gathered = parameter.to_local(), parameter.full_tensor()
-    print(f"{type(parameter).__name__} of {tuple(parameter.shape)}, here {tuple(here.shape)}, gathered {tuple(gathered.shape)}")
-
-
-_ = run(look_at_a_parameter, 2)
 
 # %% [markdown]
 # Now the classic mistake. Rank 0 writes the file, so only rank 0 needs the tensors, so only rank 0 gathers them:
@@ -1029,8 +984,8 @@ except RankError as error:
 
 # %% [markdown]
 # `full_tensor` is a **collective**: it returns when all ranks have called it. Rank 0 waits for rank 1's rows, which are never
-# sent. Here the error comes at once, because rank 1 has ended, and `run` says who waited and where. If rank 1 were alive, in
-# another collective or in the next step, no one would say anything. The job would stand still until a time-out.
+# sent. Here `run` notices that rank 1 has ended. If it were alive, in another collective or in the next step, the job would
+# stand still until a time-out.
 #
 # Write `save_trained(model, path)`. `model` has been through `fully_shard`, and every rank calls the function.
 #
@@ -1049,12 +1004,7 @@ except RankError as error:
 # </details>
 # <details><summary>The check says that a rank waits for ever</summary>
 #
-# Look for a collective behind `if get_rank() == 0:`, or behind a `return` that some ranks take. `full_tensor` and `barrier` are
-# collectives, and `save_file` and `os.replace` are not.
-# </details>
-# <details><summary>The check says that the file is written by every rank, or that some do not wait for it</summary>
-#
-# Three parts, in this order: gather, in all ranks; write and rename, in rank 0; `barrier()`, in all ranks.
+# Look for a collective behind `if get_rank() == 0:`. `full_tensor` and `barrier` are collectives.
 # </details>
 
 
@@ -1084,7 +1034,7 @@ with tempfile.TemporaryDirectory() as folder:
         print(file.name, {name: tuple(tensor.shape) for name, tensor in load_file(file).items()})
 
 # %% [markdown]
-# ### To go on with another number of ranks
+# ### To go on with another number of ranks  ·  optional, about 10 minutes
 #
 # An adapter is what you serve. To *go on training* you need the optimizer's state as well, and perhaps on another number of
 # GPUs. `torch.distributed.checkpoint` lets every rank write its own shards into one folder, with an index of which piece of
@@ -1162,7 +1112,7 @@ with tempfile.TemporaryDirectory() as name:
 # was written by two ranks, and one and three ranks read it.
 
 # %% [markdown]
-# ## 8. On real GPUs
+# ## 8. On real GPUs  ·  optional, about 10 minutes
 #
 # `run` forks this notebook, and a forked process cannot use a GPU that its parent has used. Real training starts a Python for
 # each GPU with `torchrun`, and runs a file. Below, your functions and a `main` go into `train.py` as they are. What differs
@@ -1308,29 +1258,20 @@ except RankError as error:
 # - All ranks share one random order of the numbers 0 to `rows - 1`. It depends on `rows`, `epoch` and `seed`, and on nothing
 #   else: not on the rank, and not on how many ranks there are.
 # - With one seed, every epoch has another order. In one epoch, every seed gives another order. Both are whole numbers from 0
-#   on. (That seed 0 in epoch 1 has the order of seed 1 in epoch 0 does no harm.)
-# - Rank $r$ takes every `world_size`-th number of the order, from position $r$ on, in the order's own sequence. So the ranks
-#   read in one step what one rank alone would read in `world_size` steps.
-# - All ranks get equally many. The remainder at the *end of the order* is left out, so other epochs leave out other rows. A
-#   rank with one row more would start one more step, and wait in it for ever for gradients that nobody sends. If there are
-#   fewer rows than ranks, each rank gets an empty tensor.
+#   on.
+# - Rank $r$ takes every `world_size`-th number of the order, from position $r$ on, in the order's own sequence.
+# - All ranks get equally many. The remainder at the *end of the order* is left out, so other epochs leave out other rows. If
+#   there are fewer rows than ranks, each rank gets an empty tensor.
 # - The result is an int64 tensor with one dimension. The same arguments always give the same numbers.
-# - The random state of the notebook, torch's and Python's, is neither used nor changed: data that depend on what else was drawn
-#   cannot be read again. A `torch.Generator` has a state of its own.
+# - The random state of the notebook, torch's and Python's, is neither used nor changed.
 #
-# <details><summary>I see no bug</summary>
-#
-# Look at the printed ranks. Which rows does no rank read, and which are read by two? Compare epoch 0 with epoch 1. Then count
-# how many rows each rank has.
-# </details>
 # <details><summary>The check says that ranks read the same rows</summary>
 #
-# Ranks that seed a generator differently shuffle differently. Every third card from one pack is a different thing from every
-# third card from four packs, each shuffled by itself.
+# Ranks that seed a generator differently shuffle differently.
 # </details>
 # <details><summary>How do I make one seed out of two numbers?</summary>
 #
-# `seed + epoch` does, and PyTorch does the same. A product does not: it is 0 for seed 0, in every epoch.
+# `seed + epoch` does. A product does not: it is 0 for seed 0, in every epoch.
 # </details>
 
 
@@ -1373,13 +1314,9 @@ for epoch in range(3):
     told.append(list(sampler))
 print("rank 0, with set_epoch:", told)
 print("your rank 0:           ", [rows_of_rank(10, epoch, 0, 4, seed=0).tolist() for epoch in range(3)])
-padded = [list(DistributedSampler(range(10), num_replicas=4, rank=rank, seed=0)) for rank in range(4)]
-print("by default, four ranks:", padded)
 
 # %% [markdown]
-# *What to see.* Without `set_epoch` every epoch has the same order. The documentation warns of that, and no error tells you. By
-# default the sampler leaves nothing out: it repeats rows until all ranks have equally many, here two of the ten. In training
-# that matters little. In an evaluation such rows count twice, so the score is not that of the test set.
+# *What to see.* Without `set_epoch` every epoch has the same order, and no error tells you.
 
 # %% [markdown]
 # ## 10. In your own words  ·  2 points, marked by hand
@@ -1422,10 +1359,7 @@ print("by default, four ranks:", padded)
 # - a file and a checkpoint that outlive a killed process;
 # - `train.py`, which is made for real GPUs, and has run on two processes here.
 #
-# Unit 11's decision guide has options on several cards: they are this unit's ranks.
-#
 # ## Sources
-#
 # - Rajbhandari et al. (2020), *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models*, arXiv 1910.02054: the
 #   three stages; section 7 counts what they send.
 # - Zhao et al. (2023), *PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel*, arXiv 2304.11277.

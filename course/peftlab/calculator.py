@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from peftlab import plots
 from peftlab.llama import PRESETS
 from peftlab.memory import StepMemory
-from peftlab.recipes import RECIPES, recipe_with
+from peftlab.simulate import RECIPES, recipe_with
 
 GIGABYTE = 1e9
 SOLD = {"T4, 16 GB": 16, "RTX 4090, 24 GB": 24, "A100, 40 GB": 40, "H100, 80 GB": 80, "8 x H100, 640 GB": 640}

@@ -40,8 +40,7 @@ from autograder.checks.why_peft import (
 )
 from peftlab import plots, settings
 from peftlab.llama import PRESETS, Llama, LlamaConfig
-from peftlab.recipes import RECIPES
-from peftlab.simulate import simulate_training_step
+from peftlab.simulate import RECIPES, simulate_training_step
 
 GB = 1e9  # as papers count
 CARD_GB = 2**30  # as graphics cards are sold: seven percent more

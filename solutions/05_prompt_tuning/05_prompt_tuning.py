@@ -363,7 +363,7 @@ i_think = {"parameters": "", "gradients": "", "optimizer_state": "", "activation
 
 # %% tags=["experiment"]
 from peftlab.memory import measure_training_step, step_table
-from peftlab.recipes import with_factors  # LoRA's tensors; unit 08 builds them
+from peftlab.simulate import with_factors  # LoRA's tensors; unit 08 builds them
 
 input_ids, labels = (tensor.to(device) for tensor in tasks.collate(list(reviews.train.select(range(settings.rows(16))))))
 METHODS = {

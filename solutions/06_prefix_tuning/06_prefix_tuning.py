@@ -688,8 +688,7 @@ plots.show(
 
 # %% tags=["experiment"]
 from peftlab.memory import StepMemory
-from peftlab.recipes import RECIPES
-from peftlab.simulate import simulate_training_step
+from peftlab.simulate import RECIPES, simulate_training_step
 
 
 def prefixed_on_paper(model: Llama) -> None:

@@ -1004,8 +1004,7 @@ print(f"NF4, again: {torch.stack(same).mean():.2%} of the packed bytes are those
 # size, and nothing is allocated.
 
 # %% tags=["experiment"]
-from peftlab.recipes import RECIPES
-from peftlab.simulate import simulate_training_step
+from peftlab.simulate import RECIPES, simulate_training_step
 
 GB, MB = 1e9, 1e6
 

@@ -53,9 +53,8 @@ from peftlab.jobs import ACCESS, Job, Option, Reason, Recommendation, Refusal
 from peftlab.comparison import chosen_rate, machine
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, rotate
 from peftlab.memory import MEBIBYTE, StepMemory, step_table
-from peftlab.recipes import RECIPES, recipe_with, with_factors
 from peftlab.results import Row
-from peftlab.simulate import RANK_BYTES, RankBytes, simulate_training_step
+from peftlab.simulate import RANK_BYTES, RECIPES, RankBytes, recipe_with, simulate_training_step, with_factors
 
 GB = 1e9  # as papers count
 CARD_GB = 2**30  # as graphics cards are sold: seven percent more
@@ -417,7 +416,7 @@ for task in STANDARD:
 # ## 4. All eight in a hundred lines
 #
 # For *your* model we need the methods on any `Llama`. Here they are, each in its shortest form, with the tensors that your own
-# version has. What they start with does not matter for bytes and seconds. LoRA and QLoRA come from `peftlab.recipes`. You need
+# version has. What they start with does not matter for bytes and seconds. LoRA and QLoRA come from `peftlab.simulate`. You need
 # not read these cells closely.
 
 
@@ -751,7 +750,7 @@ print(f"for comparison: LLaMA-7B with LoRA peaks at {steps_7b['lora'].peak / 1e6
 #
 # *Run these cells in any case: sections 8 and 9 use their figures. Reading them is optional.* They take one training step of
 # the real SmolLM2-135M with each method, in turn. What counts is the median over the turns of the *ratio* to full fine-tuning
-# in the same turn. QLoRA's base is bitsandbytes' here, because the layer of `peftlab.recipes` computes nothing. The second
+# in the same turn. QLoRA's base is bitsandbytes' here, because the layer of `peftlab.simulate` computes nothing. The second
 # column is a forward pass of a single token, as when text is generated, against the plain model's. It takes two minutes.
 
 # %% tags=["experiment"]

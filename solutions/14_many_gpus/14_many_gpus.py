@@ -68,8 +68,7 @@ from peftlab.distributed import RankError, Traffic, all_gather, all_reduce, byte
 from peftlab.llama import ALL_LINEAR, IGNORE, PRESETS, Llama, set_gradient_checkpointing
 from peftlab.memory import tensor_bytes
 from peftlab.pretrained import load_smollm2
-from peftlab.recipes import RECIPES, Recipe
-from peftlab.simulate import RANK_BYTES, RankBytes, next_token_loss, simulate_sharded_step
+from peftlab.simulate import RANK_BYTES, RECIPES, RankBytes, Recipe, next_token_loss, simulate_sharded_step
 
 UNIT = "14_many_gpus"
 

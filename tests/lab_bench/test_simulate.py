@@ -16,8 +16,7 @@ from peftlab import calculator
 from peftlab.distributed import Traffic, run
 from peftlab.llama import PRESETS, Llama, LlamaConfig
 from peftlab.memory import measure_training_step
-from peftlab.recipes import RECIPES, Recipe
-from peftlab.simulate import next_token_loss, simulate_sharded_step, simulate_training_step
+from peftlab.simulate import RECIPES, Recipe, next_token_loss, simulate_sharded_step, simulate_training_step
 from peftlab.tracker import PeftMemTracker
 
 MODEL = LlamaConfig(1000, 256, 688, 9, 8, 4)

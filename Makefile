@@ -77,7 +77,7 @@ benchmark: $(READY) ## time and memory of LoRA against peft, and of QLoRA agains
 	$(BIN)/python benchmarks/qlora_against_bitsandbytes.py
 
 site: $(READY) ## run the masters and render the course as HTML in site/ (PEFTLAB_SHORT=1 for a quick one)
-	$(BIN)/python -m autograder.building.site
+	$(BIN)/python -m autograder.building.site $(OPTIONS)
 
 collect: $(READY) ## sort what Moodle, Canvas or Blackboard gave out (ARCHIVE=download.zip UNIT=08_lora) into submitted/
 	$(BIN)/python -m autograder.grading.lms "$(ARCHIVE)" $(UNIT)

@@ -1,4 +1,5 @@
-"""What a notebook needs on Colab and Kaggle, where it arrives alone: badges that open it, and a cell that installs the course.
+"""What a notebook needs on Colab and Kaggle, where it arrives alone: badges that open it, a link to its page, and a cell that
+installs the course.
 
 `autograder.building.build` puts them into every notebook, if pyproject.toml says under [project.urls] where the repository is.
 Without an address a notebook gets neither: it must not install what somebody else may have put at a place that we only guess.
@@ -21,7 +22,8 @@ BADGES = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{place}/blob/main/course/{unit}/{unit}.ipynb) "
     "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
-    "(https://kaggle.com/kernels/welcome?src=https://github.com/{place}/blob/main/course/{unit}/{unit}.ipynb)"
+    "(https://kaggle.com/kernels/welcome?src=https://github.com/{place}/blob/main/course/{unit}/{unit}.ipynb) "
+    "[with all outputs and worked answers](https://{owner}.github.io/{name}/{unit}/{unit}.html)"
 )
 SETUP = """\
 # Installs the course where it is missing, as on Colab and Kaggle, whose torch stays; anywhere else it does nothing.
@@ -47,11 +49,13 @@ def address() -> str | None:
 
 
 def add_to(notebook: NotebookNode, unit: str) -> None:
-    """Put the badges below the notebook's heading, and the cell that installs behind the first cell."""
+    """Put badges and a link to the rendered page below the notebook's heading, and the cell that installs behind that."""
     repository = address()
     if repository is None:
         return
-    badges = BADGES.format(place=repository.removeprefix("https://github.com/"), unit=unit)
+    place = repository.removeprefix("https://github.com/")
+    owner, _, name = place.partition("/")
+    badges = BADGES.format(place=place, owner=owner.lower(), name=name, unit=unit)
     heading, _, rest = notebook.cells[0].source.partition("\n")
     notebook.cells[0].source = f"{heading}\n\n{badges}\n{rest}"
     data = " ".join(line.split("#")[0].strip() for line in DATA.read_text().splitlines() if not line.startswith("#"))

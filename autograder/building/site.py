@@ -1,12 +1,15 @@
 """Build the rendered course: prose, pictures and outputs of an executed run, with the solutions folded, and a search.
 
-    python -m autograder.building.site [--folder site] [--executed FOLDER]
+    python -m autograder.building.site [--folder site] [--keep FOLDER]
 
-Runs every master from top to bottom (cut short with `PEFTLAB_SHORT=1`), or takes notebooks that have been executed, and
-writes HTML. It needs the extra `site`.
+Runs every master from top to bottom (cut short with `PEFTLAB_SHORT=1`) and writes HTML. With `--keep`, what was run is kept
+in that folder, and a master is run again only if it has changed, or the lab bench or a package's version. It needs the extra
+`site`.
 """
 
 import argparse
+import hashlib
+import json
 import re
 import shutil
 import sys
@@ -111,24 +114,43 @@ def build(executed: dict[str, NotebookNode], target: Path) -> int:
         return build_main(["-q", "-W", "--keep-going", "-d", f"{scratch}/doctrees", str(source), str(target)])
 
 
-def execute(unit: str) -> NotebookNode:
-    """Return a master with the outputs of a run from top to bottom."""
+def execute(unit: str, keep: Path | None = None) -> NotebookNode:
+    """Return a master with the outputs of a run from top to bottom, or of the kept run if nothing has changed since.
+
+    Args:
+        keep: the folder of kept runs; None to run in any case.
+    """
+    notebook = instructor_notebook(unit)
+    kept = keep and keep / f"{unit}-{_digest(notebook)}.ipynb"
+    if kept and kept.is_file():
+        print(f"{unit}: as it was run before", flush=True)
+        return nbformat.read(kept, as_version=4)
     with tempfile.TemporaryDirectory() as scratch:
         print(f"{unit}: running", flush=True)
-        return run(instructor_notebook(unit), Path(scratch), short=settings.short())
+        executed = run(notebook, Path(scratch), short=settings.short())
+    if kept:
+        keep.mkdir(parents=True, exist_ok=True)
+        for older in keep.glob(f"{unit}-*.ipynb"):
+            older.unlink()
+        nbformat.write(executed, kept)
+    return executed
+
+
+def _digest(notebook: NotebookNode) -> str:
+    """Return a digest of all that a run's outputs depend on, but for the machine."""
+    sources = [cell.source for cell in notebook.cells]
+    bench = [path.read_text(encoding="utf-8") for path in sorted((COURSE / "peftlab").rglob("*.py"))]
+    versions = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    return hashlib.sha256(json.dumps([sources, bench, versions, settings.short()]).encode()).hexdigest()[:16]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line described in this module's docstring; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m autograder.building.site", description="Build the rendered course.")
     parser.add_argument("--folder", type=Path, default=ROOT / "site", help="where the pages go (default: site)")
-    parser.add_argument("--executed", type=Path, help="a folder with UNIT.ipynb, executed; default: run the masters")
+    parser.add_argument("--keep", type=Path, help="a folder of executed notebooks; a master that has not changed is not run")
     options = parser.parse_args(arguments)
-    if options.executed:
-        executed = {unit: nbformat.read(options.executed / f"{unit}.ipynb", as_version=4) for unit in units()}
-    else:
-        executed = {unit: execute(unit) for unit in units()}
-    status = build(executed, options.folder)
+    status = build({unit: execute(unit, options.keep) for unit in units()}, options.folder)
     if not status:
         print(f"Open {options.folder / 'index.html'}")
     return status

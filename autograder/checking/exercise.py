@@ -75,6 +75,13 @@ class Exercise(Judge):
                 return False
         return True
 
+    def way_out(self) -> str:
+        return f"(Stuck? The hints are above. `{self.check_name}.show_answer()`, in a cell of its own, shows a right answer.)"
+
+    def show_answer(self) -> None:
+        """Print a right answer: the one that the check compares with."""
+        print(self.source())
+
     def source(self, edits: Edits | str = "") -> str:
         """Return the source of the spec, with the edits made; a variant that is source already is returned as it is.
 

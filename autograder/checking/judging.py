@@ -6,6 +6,7 @@ recorded (`autograder.checking.recorded`).
 
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from autograder.checking.drive import Observation, as_torch_starts, describe_error, drive, drive_and_measure
 from autograder.checking.failure import CheckFailedError
+from peftlab import progress
 
 RAISED = "raised"
 PEAK_BYTES = "peak bytes"
@@ -25,6 +27,9 @@ The driver sends back a sample only, by which it can be seen that the answer did
 SAMPLE, SAMPLE_TOLERANCE = "a sample of the outcome", 1e-3
 NOT_WRITTEN = r"NotImplementedError(?!:)"
 """How the description of the error begins that a cell without an answer raises; PyTorch raises it, too, with a message."""
+UNWRITTEN = "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."
+MANY_TRIES = 3
+"""After so many failed checks in a row a reader is told where the answer is."""
 COMPARED = 600
 """Characters by which two errors are compared: what comes from another process may have been cut behind them."""
 
@@ -82,10 +87,25 @@ class Judge(ABC):
         *others, last = self.answer_names
         return f"{', '.join(others)} and {last}" if others else last
 
+    @property
+    def package(self) -> str:
+        """The name of the unit's package of checks: `lora` for 08_lora."""
+        return self.driver.__module__.removeprefix("autograder.checks.").partition(".")[0]
+
+    @property
+    def check_name(self) -> str:
+        """The name under which notebooks import the check, such as `check_merge`; empty if it is in no package of checks."""
+        package = sys.modules.get(f"autograder.checks.{self.package}")
+        return next((name for name, value in vars(package).items() if value is self), "") if package else ""
+
+    def way_out(self) -> str | None:
+        """Return where someone who is stuck finds the answer, or None where it is not at hand."""
+        return None
+
     def __call__(self, *answers: object, seed: int | None = None) -> None:
         """Check a student's answers on fresh random inputs, and say so if they pass.
 
-        What the notebook has set for all of torch does not hold meanwhile.
+        What the notebook has set for all of torch does not hold meanwhile. `peftlab.progress` keeps the outcome.
 
         Raises:
             CheckFailedError: naming the mistake if it is a known one, else what was expected and what came.
@@ -93,8 +113,15 @@ class Judge(ABC):
         """
         if len(answers) != len(self.answer_names) or None in answers:
             raise CheckFailedError(f"{self.name}: call the check as the notebook does, with {self.name}, in this order.")
-        with as_torch_starts():
-            self._check(answers, seed)
+        try:
+            with as_torch_starts():
+                self._check(answers, seed)
+        except CheckFailedError as failed:
+            tries = 0 if UNWRITTEN in str(failed) else progress.note_check(self.package, self.check_name, passed=False)
+            if tries < MANY_TRIES or not (way_out := self.way_out()):
+                raise
+            raise CheckFailedError(f"{failed}\n{way_out}") from None
+        progress.note_check(self.package, self.check_name, passed=True)
 
     def _check(self, answers: Sequence[object], seed: int | None) -> None:
         cases = self.fresh_cases(seed)
@@ -138,7 +165,7 @@ class Judge(ABC):
     def _difference(self, expected: Observation, observed: Observation, case: dict) -> str | None:
         if RAISED in observed and RAISED not in expected:
             if re.match(NOT_WRITTEN, observed[RAISED]):
-                return "not written yet. Replace the `raise NotImplementedError()` by your code, and run that cell again."
+                return UNWRITTEN
             raised = " ".join(observed[RAISED].split()).rstrip(".")
             if raised.startswith("what came back"):
                 return f"{raised}. Is a `return` missing, or one of the values that it should return?"

@@ -184,6 +184,12 @@ def late_table(shipped: Shipped) -> str:
     return "\n".join(lines)
 
 
+def lowest(shipped: Shipped, task: str) -> str:
+    """Return the name with the lowest late loss on a task, each at its chosen rate, as a mean over the seeds."""
+    late = {name: mean(late_losses(found)[chosen_rate(found)].values()) for name, found in on_task(shipped, task).items()}
+    return min(late, key=late.__getitem__)
+
+
 def memory_table(shipped: Shipped) -> str:
     """Return, as text, the measured MiB of one training step by category."""
     return step_table({f"{task:<15}{name}": summary(found).row.memory for (task, name), found in shipped.items()})

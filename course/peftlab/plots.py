@@ -182,6 +182,29 @@ def learning_rate_sweep(measured: Mapping[str, Sequence[Row]], title: str) -> Fi
     return figure
 
 
+def guesses(times: Mapping[str, float]) -> Figure:
+    """Draw by how much guesses missed, one dot each; the grey band is a factor of two.
+
+    Args:
+        times: a guess over what was measured, above zero, by what was guessed.
+    """
+    figure, axes = plt.subplots(figsize=(8, 0.28 * len(times) + 1.3), layout="constrained")
+    axes.axvspan(0.5, 2, color="#DDDDDD")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.plot(list(times.values()), range(len(times)), "o", color=SERIES[0])
+    farthest = max(4.0, *(max(each, 1 / each) for each in times.values())) * 1.2
+    axes.set(xscale="log", xlim=(1 / farthest, farthest), ylim=(len(times) - 0.4, -0.6))
+    axes.set(title="Guesses", xlabel="times what was measured")
+    axes.set_yticks(range(len(times)), times, fontsize=8)
+    doublings = range(1, int(math.log2(farthest)) + 1)
+    axes.set_xticks([2.0**-each for each in doublings] + [1] + [2.0**each for each in doublings])
+    axes.xaxis.set_major_formatter("{x:.3g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def pareto(
     points: Mapping[str, tuple[float, float, float]], front: Iterable[str], title: str, xlabel: str, ylabel: str
 ) -> Figure:

@@ -152,10 +152,29 @@ assert apart <= tolerance
 #
 # In the units that follow there are cells with `raise NotImplementedError()`, where you write code, and below each a cell that
 # *checks* it: on new random numbers every time, within a second or so, with a message that names the likely mistake. A check
-# that fails costs nothing; run it as often as you like. Experiments take minutes on a CPU; the text before them says how many.
-# To see first that everything runs, set the environment variable `PEFTLAB_SHORT=1` before you start JupyterLab: experiments
-# then take two steps. What a unit measures when it trains a model is kept in a folder `results` beside its notebook.
+# that fails costs nothing; run it as often as you like. Dots say how hard an exercise is, from ●○○ to ●●●. Experiments take
+# minutes on a CPU; the text before them says how many. To see first that everything runs, set the environment variable
+# `PEFTLAB_SHORT=1` before you start JupyterLab: experiments then take two steps. What a unit measures when it trains a model is
+# kept in a folder `results` beside its notebook.
 #
+# Before a unit measures something, it asks you for a guess. `predict` takes it down, and a later cell compares. How many tokens
+# are in the sentence above, "Parameter-efficient fine-tuning changes a model a little."?
+
+# %%
+from peftlab.progress import predict, show
+
+my_tokens = predict("tokens of the sentence above", None)  # your number in the place of None
+
+# %%
+my_tokens.compare(text.shape[1])
+
+# %% [markdown]
+# Checks and guesses are kept, on your machine only. So you can see what has passed, and how near your guesses come:
+
+# %%
+show()
+
+# %% [markdown]
 # The functions that you write have shapes in their signatures. `Float[Tensor, "blocks size"]` is a tensor of floating-point
 # numbers with two axes, which we call `blocks` and `size`; the same name twice means the same length, a number a fixed length,
 # `...` any axes, and `""` none: a single number. `UInt8[Tensor, "n"]` holds bytes. Nothing enforces it; it is there to be read.

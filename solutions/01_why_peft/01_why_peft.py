@@ -40,6 +40,7 @@ from autograder.checks.why_peft import (
 )
 from peftlab import plots, settings
 from peftlab.llama import PRESETS, Llama, LlamaConfig
+from peftlab.progress import predict
 from peftlab.simulate import RECIPES, simulate_training_step
 
 GB = 1e9  # as papers count
@@ -69,7 +70,7 @@ for name, (parameters, weights, states) in claimed.items():
 # four bytes in fp16. Keep that in mind; you will find the other two.
 
 # %% [markdown]
-# ## 1. Count  ·  2 points, about 15 minutes
+# ## 1. Count  ·  2 points, about 15 minutes, ●○○
 #
 # "7B" is a name. The number follows from six sizes in the model's configuration:
 
@@ -132,7 +133,7 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-2-70B"):
 # has.
 
 # %% [markdown]
-# ## 2. Bytes of what stays  ·  3 points, about 20 minutes
+# ## 2. Bytes of what stays  ·  3 points, about 20 minutes, ●●○
 #
 # From one training step to the next, three things stay in memory: the **weights**, their **gradients**, and the **optimizer's
 # state**. How many bytes each takes depends on the recipe:
@@ -203,7 +204,7 @@ for name, (_, weights, states) in claimed.items():
 # too. That comes in section 4. First, a question: can one train like this at all?
 
 # %% [markdown]
-# ## 3. A recipe that cannot work  ·  2 points, about 15 minutes
+# ## 3. A recipe that cannot work  ·  2 points, about 15 minutes, ●●○
 #
 # The table's recipe keeps everything in fp16. Write one step of Adam (Kingma and Ba 2015, algorithm 1) and try. With gradient
 # $g$, moments $m$ and $v$, step $t$ (1 in the first), and $\beta_1 = 0.9$, $\beta_2 = 0.999$, $\epsilon = 10^{-8}$:
@@ -269,7 +270,7 @@ for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
     print(f"LLaMA-7B, {recipe:<20} {total / GB:6.1f} GB")
 
 # %% [markdown]
-# ## 4. Bytes of what comes and goes  ·  2 points, about 20 minutes
+# ## 4. Bytes of what comes and goes  ·  2 points, about 20 minutes, ●●○
 #
 # Backward needs tensors from forward: a product needs its inputs, a norm its input, a softmax its output. These **activations**
 # are kept from forward until backward has used them. They grow with the batch, and no table of weights can show them.
@@ -389,13 +390,12 @@ for size in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B"):
 # many GB at the peak, and what part of them is activations?
 
 # %%
-my_peak_in_gb = None  # a number
+my_peak = predict("GB at the peak", None)
 
 # %% tags=["experiment"]
 measured = RECIPES["LoRA"].measure(PRESETS["LLaMA-7B"], batch_size=1, sequence_length=512)
-print(
-    f"predicted {my_peak_in_gb}, measured {measured.peak / GB:.1f} GB at the peak, of which {measured.activations / GB:.1f} activations"
-)
+my_peak.compare(measured.peak / GB)
+print(f"of which {measured.activations / GB:.1f} GB activations")
 
 # %% [markdown]
 # Now every model with every recipe, beside your formulas. *Stays* is what you computed in section 2, *peak* the largest moment
@@ -458,7 +458,7 @@ from peftlab.calculator import calculator
 calculator()
 
 # %% [markdown]
-# ## 6. Three families  ·  1 point, about 10 minutes
+# ## 6. Three families  ·  1 point, about 10 minutes, ●○○
 #
 # All methods of this course train less than the whole model. They differ in *what*:
 #
@@ -503,7 +503,7 @@ def classify(base: frozenset[str], trained: frozenset[str], deployed: frozenset[
 check_classify(classify)
 
 # %% [markdown]
-# ## 7. Bug hunt  ·  1 point, about 10 minutes
+# ## 7. Bug hunt  ·  1 point, about 10 minutes, ●●○
 #
 # *After transformers issue 25978 and peft issue 1020.* Someone loads a model of 13 billion parameters in 4 bits, counts, and
 # reads that it has 6.7 billion. The code looks innocent:

@@ -45,6 +45,7 @@ from autograder.checks.rank_decomposition import (
 )
 from peftlab import plots, results, settings, spectra
 from peftlab.llama import PRESETS
+from peftlab.progress import predict
 
 UNIT = "02_rank_decomposition"
 
@@ -82,7 +83,7 @@ plots.show(
 # 1936).
 
 # %% [markdown]
-# ## 1. Two thin factors  ·  3 points, about 12 minutes
+# ## 1. Two thin factors  ·  3 points, about 12 minutes, ●●○
 #
 # `truncated_svd` returns $B$ and $A$ such that $BA$ is the best approximation of rank $r$. Into which of them do the singular
 # values go? The product does not care; training does. We share them out evenly:
@@ -139,7 +140,7 @@ print(f"largest difference of any pixel at rank 16: {(B @ A - rebuilt['rank 16']
 print(f"first column, length: {B[:, 0].norm():.2f} here, {columns[:, 0].norm():.2f} there")
 
 # %% [markdown]
-# ## 2. The error, before it is made  ·  1 point, about 8 minutes
+# ## 2. The error, before it is made  ·  1 point, about 8 minutes, ●○○
 #
 # What is dropped is $\sum_{k>r} \sigma_k u_k v_k^\top$. As all these vectors are orthogonal and of length one, the sizes add up
 # as in Pythagoras' theorem. In the **Frobenius norm**, the root of the sum of all squared entries:
@@ -178,7 +179,7 @@ check_truncation_error(truncation_error)
 # cell after.
 
 # %%
-my_prediction = None  # percent
+my_error = predict("percent of the norm that the picture of rank 16 is off by", None)
 
 # %%
 sigma = torch.linalg.svdvals(image)
@@ -188,7 +189,7 @@ for rank in predicted:
     B, A = truncated_svd(image, rank)
     measured[rank] = (image - B @ A).norm().item()
     print(f"rank {rank:>2}: by the singular values {predicted[rank]:9.5f}, measured {measured[rank]:9.5f}")
-print(f"at rank 16: {predicted[16] / image.norm():.1%} of the norm; you said {my_prediction}")
+my_error.compare(100 * predicted[16] / image.norm().item())
 
 # %% [markdown]
 # Equal, but not to the last digit. How far apart may they be? An SVD in fp32 is that of a matrix that is off by about (larger
@@ -201,7 +202,7 @@ print(f"at most {apart:.1e} apart; rounding explains {allowed:.1e}")
 assert apart <= allowed, "prediction and measurement differ by more than rounding: run the checks above again"
 
 # %% [markdown]
-# ## 3. How many ranks does a matrix use?  ·  3 points, about 15 minutes
+# ## 3. How many ranks does a matrix use?  ·  3 points, about 15 minutes, ●●○
 #
 # A matrix with a little noise has full rank, whatever is in it. So one counts *softly*. Three such counts are common:
 #
@@ -291,7 +292,7 @@ print(f"the last one's 143 small values add up to {values[1:].sum() / values[0]:
 # Energy is not meaning.
 
 # %% [markdown]
-# ## 4. What does it save?  ·  1 point, about 5 minutes
+# ## 4. What does it save?  ·  1 point, about 5 minutes, ●○○
 #
 # $B$ and $A$ together have $r\,(\text{out} + \text{in})$ numbers, the matrix has $\text{out} \cdot \text{in}$. Up to which rank
 # are the factors smaller? `break_even_rank` returns the *largest* rank at which they have **fewer** numbers than the matrix;
@@ -332,7 +333,7 @@ for preset in ("SmolLM2-135M", "LLaMA-7B", "Llama-2-70B"):
 # *What to see.* The larger the matrix, the more a fixed rank saves: the factors grow with the side, the matrix with its square.
 
 # %% [markdown]
-# ## 5. The gradient of a product  ·  2 points, about 10 minutes
+# ## 5. The gradient of a product  ·  2 points, about 10 minutes, ●●○
 #
 # To *train* factors one needs their gradients. Let $W = BA$, and let $G$ be the gradient of the loss with respect to $W$, as if
 # $W$ itself were trained. By the product rule, $\mathrm{d}W = \mathrm{d}B\, A + B\, \mathrm{d}A$, and so
@@ -458,8 +459,7 @@ for start, sizes in {"B zero, A random": (0.3, 0.0), "A zero, B random": (0.0, 0
 # Predict first. SmolLM2's query projections are 576 × 576, and those of noise hold 90% of their energy in 294 ranks.
 
 # %%
-my_weight_rank = None  # ranks that hold 90% of the energy of a query projection of SmolLM2
-my_update_rank = None  # the same for its change in fine-tuning
+my_ranks = predict("ranks that hold 90% of the energy of SmolLM2's query projection", {"the weight": None, "its change": None})
 
 # %% [markdown]
 # The cells below fine-tune here if you set `measure_here` to `True`, which takes about a quarter of an hour on two CPU cores.
@@ -557,7 +557,8 @@ plots.show(figure, alt="Noise falls slowly, the weight faster; the change drops 
 print(f"{name:<30}{'energy rank (90%)':>18}{'stable rank':>13}{'effective rank':>16}")
 for kind, values in lines.items():
     print(f"{kind:<30}{energy_rank(values, 0.9):>18}{stable_rank(values):>13.1f}{effective_rank(values):>16.1f}")
-print(f"you said {my_weight_rank} for the weight, {my_update_rank} for its change")
+own, change = (energy_rank(lines[kind], 0.9) for kind in ("SmolLM2's own weight", "its change in fine-tuning"))
+my_ranks.compare({"the weight": own, "its change": change})
 
 # %% [markdown]
 # Is this layer typical? Here are all of them, as medians over the layers of the model:
@@ -636,7 +637,7 @@ for name in ("layers.15.self_attn.q_proj", "layers.15.mlp.gate_proj", "layers.29
 # The count that decides is the score. Predict: how many ranks of the change are needed for half of the improvement?
 
 # %%
-my_rank_for_half = None
+my_rank = predict("ranks of the change for half of the improvement", None)
 
 # %% tags=["experiment"]
 linear_numbers = sum(factor_parameters(*shape, 1) for shape in ((576, 576), (192, 576), (192, 576), (576, 576)))
@@ -646,7 +647,8 @@ for rank, score in found.scores.items():
     share = f"{(score - found.scores[0]) / gained:5.0%} of the gain" if gained else ""
     numbers = f"{rank * linear_numbers:,} numbers" if 0 < rank < 576 else ""
     print(f"rank {rank:>3}: {score:6.1%} right  {share}  {numbers}")
-print(f"you said rank {my_rank_for_half} for half of the gain")
+enough = (rank for rank, score in sorted(found.scores.items()) if score - found.scores[0] >= gained / 2)
+my_rank.compare(next(enough))
 
 # %% tags=["experiment"]
 points = {max(rank, 0.5): 100 * score for rank, score in found.scores.items()}
@@ -665,7 +667,7 @@ plots.show(figure, alt="Accuracy jumps with the first rank and then rises slowly
 # there is something to be found.
 
 # %% [markdown]
-# ## 7. Do two runs find the same directions?  ·  1 point, about 8 minutes
+# ## 7. Do two runs find the same directions?  ·  1 point, about 8 minutes, ●●○
 #
 # If the strong directions belong to the task, another run should find them again; if they are accidents, it will not. Hu et al.
 # (section 7.2) compare the spaces that two sets of vectors span. With $U$ holding $i$ orthonormal columns and $V$ holding $j$:
@@ -847,7 +849,7 @@ assert torch.allclose(B @ A, peft_product, atol=1e-5), "your factors and peft's 
 assert torch.allclose(layer.base_layer.weight, weight - B @ A, atol=1e-5), "peft's base should hold what the factors leave out"
 
 # %% [markdown]
-# ## 9. Bug hunt  ·  1 point, about 8 minutes
+# ## 9. Bug hunt  ·  1 point, about 8 minutes, ●○○
 #
 # *After peft issues 1155 and 3004.* Someone has two adapters for one layer, $B_1 A_1$ for one task and $B_2 A_2$ for another,
 # wants $w_1 B_1 A_1 + w_2 B_2 A_2$ as *one* pair of factors, and writes what seems to say just that:

@@ -48,6 +48,7 @@ from autograder.checks.layer_freezing import (
 )
 from peftlab import comparison, plots
 from peftlab.llama import PRESETS, Llama, LlamaConfig, causal_loss, rotary_angles
+from peftlab.progress import predict
 
 UNIT = "03_layer_freezing"
 
@@ -104,7 +105,7 @@ plots.show(
 # A frozen linear layer can therefore forget its input. A product of two vectors, a norm or a softmax cannot. How much that is,
 # you will count in exercise 2.
 #
-# ## 1. Freeze all but one end  ·  4 points, about 20 minutes
+# ## 1. Freeze all but one end  ·  4 points, about 20 minutes, ●●○
 #
 # `train_last` freezes the whole model, then thaws its last `count` decoder layers and the final norm, `model.model.norm`.
 # `train_first` does the same at the other end, nearest to the embedding, and thaws the final norm too, so that the two differ
@@ -186,7 +187,7 @@ check_freezing_memory(train_last, train_first)
 # end? Write your three predictions down.
 
 # %%
-my_weights = {"None": None, "zero": None, "zero after ten": None}  # predictions
+my_weights = predict("the weight after 1,000 steps", {"None": None, "zero": None, "zero after ten": None})
 
 # %%
 gradients = {
@@ -194,6 +195,7 @@ gradients = {
     "zero": [torch.zeros(1)] * 1_000,
     "zero after ten": [torch.ones(1)] * 10 + [torch.zeros(1)] * 990,
 }
+ended_at = {}
 for name, steps in gradients.items():
     weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([weight], lr=1e-3)
@@ -201,7 +203,9 @@ for name, steps in gradients.items():
         weight.grad = gradient
         optimizer.step()
     kept = sum(tensor.numel() for tensor in optimizer.state[weight].values()) if weight in optimizer.state else 0
-    print(f"{name:<15} predicted {my_weights[name]}, is {weight.item():.4f}; the optimizer keeps {kept} numbers for it")
+    ended_at[name] = weight.item()
+    print(f"{name:<15} the weight is {weight.item():.4f}; the optimizer keeps {kept} numbers for it")
+my_weights.compare(ended_at)
 
 # %% [markdown]
 # *What to see.* An optimizer skips a parameter whose gradient is `None`. One whose gradient is zero it updates: weight decay
@@ -220,7 +224,7 @@ for name, steps in gradients.items():
 # many MiB are left if you train the last 4 layers? And if you train the first 4? Write down two numbers.
 
 # %%
-i_predict = {"last 4": None, "first 4": None}  # MiB of activations
+my_activations = predict("MiB of activations", {"last 4": None, "first 4": None})
 
 # %% [markdown]
 # The next cells load the model (15 seconds the first time), then take a step for several counts at both ends. About half a
@@ -248,8 +252,7 @@ for end, freeze in {"last": train_last, "first": train_first}.items():
 curve["first", 30] = curve["last", 30]  # the same layers
 model.requires_grad_(True)
 in_full = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
-for end in ("last", "first"):
-    print(f"{end} 4: predicted {i_predict[f'{end} 4']}, measured {curve[end, 4].activations / MEBIBYTE:,.0f} MiB")
+my_activations.compare({f"{end} 4": curve[end, 4].activations / MEBIBYTE for end in ("last", "first")})
 
 # %% tags=["experiment"]
 figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), sharex=True)
@@ -301,21 +304,23 @@ plots.show(
 # begin to *keep* something?
 
 # %%
-my_highest_moment = {"last 4": "", "first 4": ""}  # where in forward, in backward or in the optimizer's step
+my_highest = predict("memory is highest in: forward, backward or optimizer", {"last 4": None, "first 4": None})
 
 # %% tags=["experiment"]
 from peftlab.memory import memory_over_time
 
 model.to("cpu")
 half, half_labels = input_ids[:8].cpu(), labels[:8].cpu()
-course = {}
+course, highest_in = {}, {}
 for end, freeze in {"last 4": train_last, "first 4": train_first}.items():
     freeze(model, 4)
     course[end] = memory_over_time(model, lambda: causal_loss(model, half, half_labels))
     totals = [m.parameters + m.gradients + m.optimizer_state + m.activations for m in course[end]]
     place = totals.index(max(totals))
     inside = [moment.phase for moment in course[end]][:place].count(course[end][place].phase)
-    print(f"{end}: highest at operation {inside + 1} of {course[end][place].phase}; you said {my_highest_moment[end] or '-'}")
+    highest_in[end] = course[end][place].phase
+    print(f"{end}: highest at operation {inside + 1} of {highest_in[end]}")
+my_highest.compare(highest_in)
 figure = plots.memory_over_time(course, f"One training step of SmolLM2-135M, {half.shape[0]} × {half.shape[1]} tokens")
 plots.show(
     figure,
@@ -334,7 +339,7 @@ model.to(device)
 # right of it, because AdamW computes with temporary tensors.
 
 # %% [markdown]
-# ## 2. What each layer keeps  ·  3 points, about 30 minutes
+# ## 2. What each layer keeps  ·  3 points, about 30 minutes, ●●●
 #
 # Two thirds: where does that come from? Ask a layer. The function below runs it forward and returns every tensor that it saved
 # for backward, its weights aside. We ask a layer of the small LLaMA in four situations. In the first one it keeps all that it
@@ -500,7 +505,7 @@ print(
 )
 
 # %% [markdown]
-# ## 3. Any part, and ties  ·  2 points, about 15 minutes
+# ## 3. Any part, and ties  ·  2 points, about 15 minutes, ●●○
 #
 # Which layers to train depends on what is new. Lee, Tang and Lin (2019) find that a quarter of BERT's layers, the last ones,
 # reach 90% of the quality of fine-tuning them all; Lee et al. (2022) find the *first* layers better where the input has changed
@@ -572,7 +577,7 @@ for name in ("LLaMA-7B", "SmolLM2-135M"):
 # *What to see.* Where there is no tie, backward ends at the head. Where there is one, every frozen layer passes the gradient
 # down to the embedding.
 #
-# ## 4. The file  ·  2 points, about 15 minutes
+# ## 4. The file  ·  2 points, about 15 minutes, ●○○
 #
 # What was trained is a few layers, and nothing else needs to be saved. `save_trained` writes every parameter that requires a
 # gradient to a [safetensors](https://huggingface.co/docs/safetensors) file, under its full name
@@ -636,20 +641,24 @@ check_trained_files(save_trained, load_trained)
 # Predict first: what share of SmolLM2-135M are its last four layers and the final norm? And of LLaMA-7B?
 
 # %%
-my_shares = {"SmolLM2-135M": None, "LLaMA-7B": None}  # percent
+my_shares = predict("percent of the parameters in the last 4 layers", {"SmolLM2-135M": None, "LLaMA-7B": None})
 
 # %% tags=["experiment"]
-for name in my_shares:
+four_layers = {}
+for name in ("SmolLM2-135M", "LLaMA-7B"):
     with torch.device("meta"):  # shapes without numbers: nothing is allocated
         on_paper = Llama(PRESETS[name])
     total = sum(parameter.numel() for parameter in on_paper.parameters())
-    print(f"{name}, predicted {my_shares[name]} for 4 layers:")
+    print(f"{name}:")
     for count in (0, 1, 2, 4, 8):
         train_last(on_paper, count)
         trained = sum(parameter.numel() for parameter in on_paper.parameters() if parameter.requires_grad)
+        if count == 4:
+            four_layers[name] = 100 * trained / total
         print(
             f"   last {count} layers and norm: {trained:>13,} numbers, {trained / total:8.4%}, file of {2 * trained / 1e6:8,.1f} MB in 16 bits"
         )
+my_shares.compare(four_layers)
 
 # %% [markdown]
 # The methods of the later units train less. Overviews say: adapters 1 to 5%, prefix tuning under 1%, BitFit under 0.1% and
@@ -666,7 +675,7 @@ for name in my_shares:
 # you would compare luck. Which will be better? Which will be faster?
 
 # %%
-i_think_better, i_think_faster = None, None  # "last" or "first"
+my_end = predict("the end, last or first, that is", {"better": None, "faster": None})
 
 # %% tags=["experiment"]
 from peftlab.experiment import fine_tune
@@ -694,7 +703,7 @@ for end, row in rows.items():
     )
 better = max(rows, key=lambda end: rows[end].score_after)
 faster = min(rows, key=lambda end: rows[end].seconds_per_step)
-print(f"better: {better}, you said {i_think_better}; faster: {faster}, you said {i_think_faster}")
+my_end.compare({"better": better, "faster": faster})
 plots.show(
     plots.loss_curves({f"{end} 4 layers": row.losses for end, row in rows.items()}, "Training loss on movie_reviews"),
     alt="Two loss curves over 40 steps, one for the last four layers and one for the first four.",
@@ -826,7 +835,7 @@ print(f"largest relative difference of any loss: {apart:.1e}")
 assert apart <= 1e-5, "your freezing and transformers' have parted ways: run the checks above again"
 
 # %% [markdown]
-# ## 7. Bug hunt  ·  2 points, about 15 minutes
+# ## 7. Bug hunt  ·  2 points, about 15 minutes, ●●○
 #
 # *After transformers issues 21381 and 42489.* Somebody trains the last layers of a model and is short of memory. Gradient
 # checkpointing helps: keep only each layer's input, and run the layer again in backward. Training then goes through without an

@@ -48,6 +48,7 @@ from autograder.checks.bitfit import (
 )
 from peftlab import comparison, plots
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, LlamaAttention, RMSNorm, causal_loss
+from peftlab.progress import predict
 
 UNIT = "04_bitfit"
 KINDS = ALL_LINEAR
@@ -95,7 +96,7 @@ print(f"one layer: {weights:,} numbers in the weights, {biases:,} in the biases,
 # knows already, rather than teaching it something new.
 
 # %% [markdown]
-# ## 1. Biases for a model that has none  ·  2 points, about 10 minutes
+# ## 1. Biases for a model that has none  ·  2 points, about 10 minutes, ●○○
 #
 # Our LLaMA creates its linear layers with `bias=False`, and so does Hugging Face's. In such a layer the attribute `bias` is
 # there and is `None`; assign a parameter to it, and `forward` uses it from then on. Write `add_biases`:
@@ -149,7 +150,7 @@ for dtype in (torch.float32, torch.bfloat16):
     print(f"{dtype}: largest difference of any logit {(tiny(input_ids) - before).abs().max().item()}")
 
 # %% [markdown]
-# ## 2. Train only these  ·  2 points, about 10 minutes
+# ## 2. Train only these  ·  2 points, about 10 minutes, ●○○
 #
 # Two functions, each of which decides for *every* parameter of the model whether it is trained, whatever was done with the
 # model before:
@@ -216,8 +217,8 @@ check_train(train_biases, train_norm_gains)
 # you run the cells after.
 
 # %%
-my_share = None  # a percentage, for SmolLM2
-my_guess = None  # "larger", "the same" or "smaller", for LLaMA-7B
+my_share = predict("percent of SmolLM2's parameters that are biases", None)
+my_trend = predict("the share in LLaMA-7B: larger, the same or smaller", None)
 
 
 # %%
@@ -236,15 +237,18 @@ def with_norm_gains(model: Llama) -> Llama:
 
 # %%
 METHODS = {"biases": with_biases, "norm gains": with_norm_gains}
-print(f"you said {my_share}, and {my_guess}")
+shares = {}
 for size in ("SmolLM2-135M", "LLaMA-7B"):
     with torch.device("meta"):
         model = Llama(PRESETS[size])
         whole = sum(parameter.numel() for parameter in model.parameters())
         for method, prepare in METHODS.items():
             trained = sum(parameter.numel() for parameter in prepare(model).parameters() if parameter.requires_grad)
-            width = PRESETS[size].hidden_size
+            width, shares[size, method] = PRESETS[size].hidden_size, trained / whole
             print(f"{size:<13} width {width:>5,}: {trained:>9,} {method:<10}, {trained / whole:.4%} of {whole:,}")
+small, large = shares["SmolLM2-135M", "biases"], shares["LLaMA-7B", "biases"]
+my_share.compare(100 * small)
+my_trend.compare("the same" if 0.8 < large / small < 1.25 else "larger" if large > small else "smaller")
 
 # %% [markdown]
 # *What to see.* BitFit is usually listed with "less than 0.1% of the parameters". The large model keeps to that with much to
@@ -252,7 +256,7 @@ for size in ("SmolLM2-135M", "LLaMA-7B"):
 # about as $1 / d$. (Section 7's table divides by the model *with* its biases: 0.115%.)
 
 # %% [markdown]
-# ## 3. What backward needs  ·  4 points, about 25 minutes
+# ## 3. What backward needs  ·  4 points, about 25 minutes, ●●●
 #
 # Let $g_t = \partial \mathcal{L} / \partial y_t$ be the gradient of the loss by the layer's output at token $t$, in code
 # `output_gradient`. From $y_t = W x_t + b$ follow three gradients:
@@ -393,7 +397,7 @@ for name, weight_trained, layer_of in (
 # First a prediction. SmolLM2 gets 155,520 biases, and has 35,136 norm gains. Which of the two methods leaves more activations?
 
 # %%
-i_think_more_activations = None  # "biases" or "norm gains"
+my_larger = predict("more activations: biases or norm gains", None)
 
 # %% [markdown]
 # One step of SmolLM2 on a real batch, trained in full, with biases, with norm gains; every allocation is followed (on a GPU, we
@@ -419,7 +423,7 @@ for method, prepare in {"full fine-tuning": lambda model: model, **METHODS}.item
 
 print(step_table(measured))
 most = max(METHODS, key=lambda method: measured[method].activations)
-print(f"the more activations: {most}; you said {i_think_more_activations}")
+my_larger.compare(most)
 
 # %% tags=["experiment"]
 figure = plots.memory_bars(
@@ -449,7 +453,7 @@ print(f"norm gains keep more than biases by {more / MEBIBYTE:.1f} MiB")
 # multiplying is not.
 
 # %% [markdown]
-# ## 5. The bias file  ·  2 points, about 15 minutes
+# ## 5. The bias file  ·  2 points, about 15 minutes, ●●○
 #
 # What was learned is the biases, and nothing else needs to be saved. `save_biases` writes every parameter whose own name is
 # `bias` to a [safetensors](https://huggingface.co/docs/safetensors) file, under its full name
@@ -591,7 +595,7 @@ print(f"trained: {bias_row.score_after:.1%}; loaded from the file: {reviews.eval
 # round: keep one kind and set the other six to zero. Predict the order. About two minutes on two CPU cores.
 
 # %%
-my_most_needed = None  # one of KINDS: the kind without which the loss rises most
+my_most_needed = predict("the kind of bias without which the loss rises most, one of KINDS", None)
 
 # %% tags=["experiment"]
 few = reviews.test.select(range(settings.examples(160)))
@@ -617,7 +621,7 @@ for kind in KINDS:
     columns = f"{moved[kind]:>12.4f}{without[kind][0]:>8.2f} nats{without[kind][1]:>8.1%}{alone[kind][0]:>5.2f} nats{alone[kind][1]:>8.1%}"
     print(f"{kind:<12}{columns}")
 print(f"no bias: {nothing[0]:.2f} nats, {nothing[1]:.1%}; all: {everything[0]:.2f} nats, {everything[1]:.1%}")
-print(f"most needed: {max(without, key=lambda kind: without[kind][0])}; you said {my_most_needed}")
+my_most_needed.compare(max(without, key=lambda kind: without[kind][0]))
 
 # %% tags=["experiment"]
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
@@ -758,8 +762,8 @@ assert apart <= 1e-5, "with both flags the two models must agree"
 # it?
 
 # %%
-zero_without_rotation = None  # a list of names from KINDS, perhaps empty
-zero_with_rotation = None  # the same
+# For each a list of names from KINDS, perhaps empty:
+my_zeros = predict("kinds of bias with a gradient of zero", {"without rotation": None, "with rotation": None})
 
 
 # %%
@@ -779,9 +783,11 @@ rotated, still = gradient_sizes(None), gradient_sizes(torch.zeros(24))
 print(f"{'gradient of':<14}{'with RoPE':>12}{'without':>12}")
 for kind in KINDS:
     print(f"{kind:<14}{rotated[kind]:>12.1e}{still[kind]:>12.1e}")
-for name, guess, sizes in (("without", zero_without_rotation, still), ("with", zero_with_rotation, rotated)):
-    zero = [kind for kind in KINDS if sizes[kind] < 1e-7 * max(sizes.values())]
-    print(f"zero but for rounding {name} rotation: {', '.join(zero) or 'none'}; you said {guess}")
+zeros = {
+    f"{name} rotation": {kind for kind in KINDS if sizes[kind] < 1e-7 * max(sizes.values())}  # zero but for rounding
+    for name, sizes in (("without", still), ("with", rotated))
+}
+my_zeros.compare(zeros)
 
 # %% [markdown]
 # *What to see.* Without rotation the key's bias has no gradient, but for rounding: it cannot matter. Whisper and BEiT, which do
@@ -797,7 +803,7 @@ for name, guess, sizes in (("without", zero_without_rotation, still), ("with", z
 # The value bias does something, but nothing that the output bias could not do. One of the two is redundant.
 
 # %% [markdown]
-# ## 10. Bug hunt  ·  2 points, about 15 minutes
+# ## 10. Bug hunt  ·  2 points, about 15 minutes, ●●○
 #
 # So the value bias can be folded into the output bias, as TransformerLens does by default with the models that it loads (its
 # pull request 116). Someone has written that down:

@@ -47,6 +47,7 @@ from autograder.checks.prompt_tuning import (
 )
 from peftlab import plots
 from peftlab.llama import IGNORE, PRESETS, Llama, LlamaModel, causal_loss
+from peftlab.progress import predict
 
 UNIT = "05_prompt_tuning"
 
@@ -114,11 +115,13 @@ plots.show(
 # "less than 0.01%" for prompt tuning. Is that so with 16 vectors, in both models? With 100, the number that Lester et al. use?
 
 # %%
-# All four: the trained share of the parameters, in percent, with 16 vectors and with 100.
-my_prediction = {"SmolLM2-135M": {16: "", 100: ""}, "LLaMA-7B": {16: "", 100: ""}}
+my_shares = predict(
+    "percent of the parameters that is trained",
+    {"SmolLM2-135M, 16": None, "SmolLM2-135M, 100": None, "LLaMA-7B, 16": None, "LLaMA-7B, 100": None},
+)
 
 # %% [markdown]
-# ## 1. The model with its prompt  ·  4 points, about 25 minutes
+# ## 1. The model with its prompt  ·  4 points, about 25 minutes, ●●●
 #
 # `PromptedModel` takes the place of a `LlamaModel`, which it keeps as `base`. It returns hidden states for the **text's**
 # positions only; those of the prompt are cut off. So `model.model = PromptedModel(model.model, start)` is all that it takes,
@@ -221,7 +224,8 @@ def with_prompt(model: Llama, start: Float[Tensor, "prompt hidden"]) -> Llama:
     return model
 
 
-print(f"{'':<14}{'vectors':>8}{'trained':>10}{'of the model':>14}{'you said, %':>13}")
+shares = {}
+print(f"{'':<14}{'vectors':>8}{'trained':>10}{'of the model':>14}")
 for name in ("SmolLM2-135M", "LLaMA-7B"):
     for length in (16, 100):
         with torch.device("meta"):
@@ -229,7 +233,9 @@ for name in ("SmolLM2-135M", "LLaMA-7B"):
             total = sum(parameter.numel() for parameter in on_paper.parameters())
             with_prompt(on_paper, torch.empty(length, PRESETS[name].hidden_size))
         trained = sum(parameter.numel() for parameter in on_paper.parameters() if parameter.requires_grad)
-        print(f"{name:<14}{length:>8}{trained:>10,}{trained / total:>14.5%}{my_prediction[name][length] or '-':>13}")
+        shares[f"{name}, {length}"] = 100 * trained / total
+        print(f"{name:<14}{length:>8}{trained:>10,}{trained / total:>14.5%}")
+my_shares.compare(shares)
 
 # %% [markdown]
 # *What to see.* A soft prompt has $p\,d$ numbers; a model has about $d^2$ for every matrix in every layer. So the share falls
@@ -237,7 +243,7 @@ for name in ("SmolLM2-135M", "LLaMA-7B"):
 # with 100.
 
 # %% [markdown]
-# ## 2. Where to start  ·  2 points, about 15 minutes
+# ## 2. Where to start  ·  2 points, about 15 minutes, ●○○
 #
 # Three ways to start, simplest first. All return a tensor of shape `(length, hidden)` that shares no memory with the embedding
 # and asks for no gradient, those from the embedding in its dtype:
@@ -334,7 +340,8 @@ print(f"{'one token':<11} {sizes.mean():.3f} on average, {sizes.max():.3f} at mo
 # A fifth start is there to find out whether *size* is what hurts: the random one, made as small as words.
 
 # %%
-my_order = []  # of "no prompt", "random", "vocabulary" and "text", the lowest loss first
+# A list of "no prompt", "random", "vocabulary" and "text":
+my_order = predict("the starts by loss, the lowest first", None)
 
 # %% tags=["experiment"]
 few = reviews.test.select(range(settings.examples(96)))
@@ -345,7 +352,8 @@ for name, start in {**STARTS, "random, small": 0.136 * STARTS["random"]}.items()
 model.model = bare
 for name, (loss, score) in untrained.items():
     print(f"{name:<14} loss {loss:.2f} nats, {score:.0%} right, before any training")
-print("you said:", ", ".join(my_order) or "-")
+asked = ("no prompt", "random", "vocabulary", "text")
+my_order.compare(sorted(asked, key=lambda name: untrained[name][0]))
 
 # %% [markdown]
 # *What to see.* The instruction takes away more than two nats. The others change the loss by less than half a nat, the random
@@ -359,7 +367,10 @@ print("you said:", ", ".join(my_order) or "-")
 # "less" than LoRA, "as much" (to ten percent) or "more".
 
 # %%
-i_think = {"parameters": "", "gradients": "", "optimizer_state": "", "activations": ""}
+my_verdicts = predict(
+    "a soft prompt's bytes beside LoRA's: less, as much or more",
+    {"parameters": None, "gradients": None, "optimizer_state": None, "activations": None},
+)
 
 # %% tags=["experiment"]
 from peftlab.memory import measure_training_step, step_table
@@ -381,13 +392,15 @@ for method, prepare in METHODS.items():
 # %% tags=["experiment"]
 print(step_table(measured, digits=2))
 print("\nthe prompt's bytes, beside LoRA's:")
-for kind, guess in i_think.items():
+verdicts = {}
+for kind in ("parameters", "gradients", "optimizer_state", "activations"):
     ratio = getattr(measured["prompt, 16 vectors"], kind) / getattr(measured["LoRA, rank 8"], kind)
-    verdict = "less" if ratio < 0.9 else "more" if ratio > 1.1 else "as much"
-    print(f"{kind:<16} {ratio:.3f} times as many: {verdict}; you said {guess or '-'}")
+    verdicts[kind] = "less" if ratio < 0.9 else "more" if ratio > 1.1 else "as much"
+    print(f"{kind:<16} {ratio:.3f} times as many")
 for name, positions in (("LoRA, rank 8", input_ids.shape[1]), ("prompt, 16 vectors", 16 + input_ids.shape[1])):
     kept = measured[name].activations / 4 / input_ids.shape[0] / positions / 30
     print(f"{name:<19}{positions} positions a row; forward leaves {kept:,.0f} numbers for each position and layer")
+my_verdicts.compare(verdicts)
 
 # %% tags=["experiment"]
 plots.show(
@@ -406,7 +419,7 @@ plots.show(
 # its place in the context window.
 
 # %% [markdown]
-# ## 4. The loss over prompt and text  ·  1 point, about 10 minutes
+# ## 4. The loss over prompt and text  ·  1 point, about 10 minutes, ●●○
 #
 # `PromptedModel` hides the prompt's positions. Most libraries don't: peft's model returns logits for *all* positions, prompt
 # and text, and code that computes a loss or a score from them must know it. (Pull request 533 to EleutherAI's evaluation
@@ -467,7 +480,7 @@ for unlabelled in (1, 0):
     print(f"first token {'without' if unlabelled else 'with'} a label: cut off {cut:.6f}, over all positions {whole:.6f}")
 
 # %% [markdown]
-# ## 5. One batch, several tasks  ·  2 points, about 20 minutes
+# ## 5. One batch, several tasks  ·  2 points, about 20 minutes, ●●●
 #
 # A thousand customers, each with a task of their own, and one GPU. With full fine-tuning that is a thousand models; with LoRA a
 # thousand adapters, which must not be merged if rows of one batch are to use different ones. With prompts nothing special is
@@ -541,7 +554,7 @@ class MixedPrompts(nn.Module):
 check_mixed_prompts(MixedPrompts)
 
 # %% [markdown]
-# ## 6. The prompt's file  ·  1 point, about 10 minutes
+# ## 6. The prompt's file  ·  1 point, about 10 minutes, ●○○
 #
 # What was learned is the prompt. `save_prompt` writes it to a [safetensors](https://huggingface.co/docs/safetensors) file under
 # the name `soft_prompt`, and nothing else. `load_prompt` copies it into the model's own parameter, in place, because an
@@ -589,7 +602,7 @@ def load_prompt(prompted: PromptedModel, path: str | Path) -> None:
 check_prompt_files(save_prompt, load_prompt)
 
 # %% [markdown]
-# ## 7. Bug hunt: metrics that never move  ·  2 points, about 20 minutes
+# ## 7. Bug hunt: metrics that never move  ·  2 points, about 20 minutes, ●●○
 #
 # *After peft issue 2642.* Someone runs the library's own example of prompt tuning and gets the same line after every epoch:
 # accuracy 0.6838, F1 0.8122. The logits do change. The two numbers belong together:
@@ -729,7 +742,7 @@ for name, run in {"a": run_a, "b": run_b, "c": run_c, "c, learning rate 0.1": la
     torch.manual_seed(0)
     model, optimizer = run()
     found = diagnose(model.model, optimizer, lambda: causal_loss(model, batch, batch), steps=40)
-    print(f"run {name}: {found}; you said: {my_faults.get(name) or '-'}")
+    print(f"run {name}: {found}; you wrote: {my_faults.get(name) or '-'}")
 
 # %% [markdown]
 # *What to see.* In run a the optimizer was made before the prompt was there. In run b `requires_grad_(False)` froze the prompt

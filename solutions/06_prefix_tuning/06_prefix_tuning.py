@@ -49,6 +49,7 @@ from autograder.checks.prefix_tuning import (
 )
 from peftlab import comparison, plots
 from peftlab.llama import PRESETS, Llama, LlamaAttention, LlamaConfig, LlamaModel, causal_loss, rotary_angles, rotate
+from peftlab.progress import predict
 from peftlab.training import trainable, twenty_steps
 
 
@@ -139,7 +140,7 @@ apart = share * attend(q, prefix_k, prefix_v) + (1 - share) * attend(q, text_k, 
 print(f"the prefix's share is {share:.0%}; largest difference of the two sides: {(together - apart).abs().max():.1e}")
 
 # %% [markdown]
-# ## 1. Attention with a prefix  ·  5 points, about 25 minutes
+# ## 1. Attention with a prefix  ·  5 points, about 25 minutes, ●●●
 #
 # For one head and without a batch, here is the definition, one query at a time. Your attention has to agree with it. Note what
 # is *not* in it: the prefix's keys are not rotated. Why is below.
@@ -295,7 +296,7 @@ print(f"rotated again, largest difference: {(rotate(turned_back, cos, sin) - fre
 # text's own positions start behind the prefix, at `tokens`.
 
 # %% [markdown]
-# ## 2. Every layer, and where the text starts  ·  2 points, about 15 minutes
+# ## 2. Every layer, and where the text starts  ·  2 points, about 15 minutes, ●●○
 #
 # First a picture of what is wanted: a batch of three rows with a prefix of four tokens. The number in each box is the text's
 # position, by which RoPE turns its queries and keys; grey boxes are padding.
@@ -415,7 +416,7 @@ def shape_of_prefix(config: LlamaConfig, tokens: int = 16) -> tuple[int, int, in
 # cell after.
 
 # %%
-my_number, my_share = None, None
+my_numbers = predict("a prefix of 16 tokens for SmolLM2", {"numbers": None, "percent of the model": None})
 
 # %%
 counted = {}
@@ -427,7 +428,8 @@ for preset in ("SmolLM2-135M", "LLaMA-7B"):
     total = sum(parameter.numel() for parameter in model.parameters()) - trained
     counted[preset] = trained
     print(f"{preset:<14} {trained:>10,} trained beside {total:>14,} frozen: {trained / total:.3%}")
-print(f"predicted for SmolLM2: {my_number}, {my_share}")
+small = counted["SmolLM2-135M"]
+my_numbers.compare({"numbers": small, "percent of the model": 100 * small / 134_515_008})
 
 # %% [markdown]
 # *What to see.* Both lie far below the one percent that overviews give for prefix tuning. Li and Liang train 0.1% of their
@@ -436,7 +438,7 @@ print(f"predicted for SmolLM2: {my_number}, {my_share}")
 # heads.)
 
 # %% [markdown]
-# ## 3. Start from real tokens  ·  2 points, about 15 minutes
+# ## 3. Start from real tokens  ·  2 points, about 15 minutes, ●●○
 #
 # Take a few real tokens, an instruction say, let the model read them, and keep the keys and values that they leave in every
 # layer. With that prefix the model must give for any text *exactly* what it gives for the tokens and the text together.
@@ -507,7 +509,7 @@ apart = (tiny.lm_head(hidden_states) - as_text).abs().max() / as_text.abs().max(
 print(f"with the text at position 0, the largest difference is {apart:.1e} of the largest logit")
 
 # %% [markdown]
-# ## 4. Through an MLP, which is thrown away  ·  2 points, about 15 minutes
+# ## 4. Through an MLP, which is thrown away  ·  2 points, about 15 minutes, ●●○
 #
 # Li and Liang found that training $P_K$ and $P_V$ directly was unstable, and trained something smaller with a network behind
 # it: one embedding $e_j$ a token, and an MLP that makes all layers' keys and values of it.
@@ -592,10 +594,11 @@ print(f"trained {in_training:,} ({share:.1%} of model and MLP), kept {kept:,}: {
 # ## 5. Measured: which memory does a prefix save?
 #
 # Predict. Full fine-tuning of SmolLM2 holds gradients and two AdamW moments for each of its 134 million weights. Which of these
-# bars will be visible for a prefix? And for a prefix with an MLP?
+# bars will be visible, at 1% or more of full fine-tuning's, for a prefix? And for a prefix with an MLP?
 
 # %%
-i_think_visible = {"prefix": [], "prefix with an MLP": []}  # of "gradients", "optimizer_state", "activations"
+# For each a set of "gradients", "optimizer_state" and "activations":
+my_visible = predict("bars of at least 1% of full fine-tuning's", {"prefix": None, "prefix with an MLP": None})
 
 # %% [markdown]
 # We take one step of SmolLM2 on a real batch and follow every allocation. Loading the model takes about 15 seconds the first
@@ -660,13 +663,14 @@ for name, kind in {
     measured[name] = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
 
 print(step_table(measured))
-for name, guess in i_think_visible.items():
-    whole = measured["full fine-tuning"]
+whole, visible = measured["full fine-tuning"], {}
+for name in ("prefix", "prefix with an MLP"):
     kinds = ("gradients", "optimizer_state", "activations")
-    described = ", ".join(
-        f"{kind.replace('_', ' ')} {getattr(measured[name], kind) / getattr(whole, kind):.1%}" for kind in kinds
-    )
-    print(f"{name}, beside full fine-tuning: {described}; visible, you said: {', '.join(guess) or '-'}")
+    shares = {kind: getattr(measured[name], kind) / getattr(whole, kind) for kind in kinds}
+    visible[name] = {kind for kind, share in shares.items() if share >= 0.01}
+    described = ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in shares.items())
+    print(f"{name}, beside full fine-tuning: {described}")
+my_visible.compare(visible)
 
 # %% tags=["experiment"]
 figure = plots.memory_bars(
@@ -720,7 +724,8 @@ print(line("prefix, checkpointing", simulate_training_step(llama, prefixed_on_pa
 # training*? And where among them does the model without a prefix stand?
 
 # %%
-my_order = []  # of "none", "text", "random", "mlp", "zeros", lowest loss first
+# A list of "none", "text", "random", "mlp" and "zeros":
+my_order = predict("the starts by loss, the lowest first", None)
 
 # %% [markdown]
 # For each start we measure the loss of the untrained model, the share of its attention that goes to the prefix and to the very
@@ -766,8 +771,7 @@ for kind, (loss, shares, lengths) in before_training.items():
     first, others = lengths[:, 0].mean(), lengths[:, 1:].mean()
     print(f"{kind:<8}{loss:>7.2f}{prefix_share:>13.0%}{shares[:, 0].mean():>16.0%}{first:>11.1f}{others:>14.1f}")
 print(f"a guess among all {model.config.vocab_size:,} tokens: {math.log(model.config.vocab_size):.2f} nats")
-in_order = sorted(before_training, key=lambda kind: before_training[kind][0])
-print(f"from the lowest loss: {', '.join(in_order)}; you said {', '.join(my_order) or '-'}")
+my_order.compare(sorted(before_training, key=lambda kind: before_training[kind][0]))
 evenly = sum(1 / seen for seen in range(1, some.shape[1] + 1)) / some.shape[1]
 print(f"attention spread evenly would give the first key {evenly:.0%} without a prefix: early queries see few keys")
 
@@ -802,7 +806,7 @@ plots.show(
 # tokens will a prefix of zeros have after twenty steps?
 
 # %%
-my_different_tokens = None  # of 16
+my_different = predict("different tokens of 16, from a prefix of zeros", None)
 
 # %%
 torch.manual_seed(0)
@@ -814,8 +818,10 @@ for name, made in {
     tiny = with_prefix(Llama(PRESETS["tiny"]), made)
     losses = twenty_steps(trainable(tiny).values(), lambda ids: causal_loss(tiny, ids, ids), 1e-2)
     rows = torch.cat([made.keys, made.values], dim=-1).detach().transpose(0, 2).flatten(1)  # a row is a token, in all layers
-    print(f"{name:<21} loss {losses[0]:.3f} -> {losses[-1]:.3f}, {len(rows.unique(dim=0))} different tokens of {len(rows)}")
-print(f"you said {my_different_tokens}")
+    different = len(rows.unique(dim=0))
+    print(f"{name:<21} loss {losses[0]:.3f} -> {losses[-1]:.3f}, {different} different tokens of {len(rows)}")
+    if name == "zeros":
+        my_different.compare(different)
 
 # %% [markdown]
 # *What to see.* Equal tokens get equal attention, so they get equal gradients and stay equal for ever. Sixteen tokens of zeros
@@ -845,13 +851,16 @@ for rate in (3e-3, 1e-2, 1e-1):
 # come with the course.
 
 # %%
-my_loss_at = {0.003: None, 0.01: None, 0.3: None}  # nats, the mean of the last ten steps, by peak rate
+my_losses = predict("nats, the mean of the last ten steps, at a peak rate of", {0.003: None, 0.01: None, 0.3: None})
 
 # %%
-print(f"{'rate':>6}{'first step':>12}{'late loss':>11}{'score':>8}  you said")
+late_losses = {}
+print(f"{'rate':>6}{'first step':>12}{'late loss':>11}{'score':>8}")
 for row in comparison.sweep_rows(comparison.rows("prefix_tuning", "movie_reviews", "random")):
     rate, late = row.settings["learning_rate"], comparison.late_loss(row)
-    print(f"{rate:>6g}{row.losses[0]:>12.2f}{late:>11.2f}{row.score_after:>8.1%}  {my_loss_at.get(rate) or '-'}")
+    late_losses[rate] = late
+    print(f"{rate:>6g}{row.losses[0]:>12.2f}{late:>11.2f}{row.score_after:>8.1%}")
+my_losses.compare({rate: late_losses[rate] for rate in (0.003, 0.01, 0.3) if rate in late_losses})
 
 # %% [markdown]
 # *What to see.* At 0.003 no number gets further than 0.06, and the loss falls by nine nats. A prefix has 184,320 numbers, and
@@ -866,7 +875,7 @@ for row in comparison.sweep_rows(comparison.rows("prefix_tuning", "movie_reviews
 # learn? About a minute and a half on two CPU cores.
 
 # %%
-my_guess = ""  # "yes" or "no"
+my_guess = predict("a random prefix with the text's sink learns: yes or no", None)
 
 # %% tags=["experiment"]
 from statistics import mean
@@ -878,9 +887,8 @@ prefix = start("sink", model)
 with_prefix(model, prefix).to(device)
 losses = train(model, reviews.train, steps=settings.steps(40), learning_rate=0.01, batch_size=settings.rows(16)).losses
 score = reviews.score(model, reviews.test.select(range(settings.examples(240))))
-print(
-    f"loss {losses[0]:.2f} at first, {mean(losses[-10:]):.3f} in the last ten steps, {score:.1%} right; you said {my_guess or '-'}"
-)
+print(f"loss {losses[0]:.2f} at first, {mean(losses[-10:]):.3f} in the last ten steps, {score:.1%} right")
+my_guess.compare("yes" if mean(losses[-10:]) < 0.6 else "no")  # who guesses between two words has 0.69
 shares = attention_by_key(model, some)[0]
 print(f"the prefix gets {shares[:, :TOKENS].sum(1).mean():.0%} of the attention, its first key {shares[:, 0].mean():.0%}")
 
@@ -898,7 +906,7 @@ print(f"the prefix gets {shares[:, :TOKENS].sum(1).mean():.0%} of the attention,
 # instruction in front. About two minutes on two CPU cores, ten seconds on an H200. Predict first: where will the loss *start*?
 
 # %%
-my_first_loss = None  # nats per label
+my_first_loss = predict("nats per label at the first step", None)
 
 # %% tags=["experiment"]
 from safetensors.torch import save_file
@@ -920,8 +928,9 @@ row = fine_tune(
 print(
     f"rate {learning_rate:g}: {row.score_before:.1%} -> {row.score_after:.1%} of {settings.examples(len(reviews.test))} reviews, "
     f"{row.trainable_parameters:,} trained, {row.adapter_bytes / 1e6:.2f} MB file, "
-    f"{row.seconds_per_step:.2f} s a step, forgetting {row.forgetting:+.2f}; you said the loss starts at {my_first_loss}"
+    f"{row.seconds_per_step:.2f} s a step, forgetting {row.forgetting:+.2f}"
 )
+my_first_loss.compare(row.losses[0])
 plots.show(
     plots.loss_curves({"prefix from text": row.losses}, "Training loss on movie_reviews"),
     alt="The training loss of one run, by optimizer step.",
@@ -1115,7 +1124,7 @@ with torch.no_grad():
         print(f"{name}: six tokens of padding move a logit by up to {apart:.1e} of the largest")
 
 # %% [markdown]
-# ## 9. Bug hunt  ·  1 point, about 12 minutes
+# ## 9. Bug hunt  ·  1 point, about 12 minutes, ●●○
 #
 # *After peft issue 869.* In `transformers` a prefix is given to the model as a **cache**: an object that holds past keys and
 # values. Each layer calls `cache.update(keys, values, layer)`, which appends what it is given, and gets back all there is. For

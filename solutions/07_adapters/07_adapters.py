@@ -48,6 +48,7 @@ from autograder.checks.adapters import (
 )
 from peftlab import plots
 from peftlab.llama import PRESETS, Llama, LlamaConfig, causal_loss
+from peftlab.progress import predict
 
 UNIT = "07_adapters"
 
@@ -111,7 +112,7 @@ plots.show(
 # norm, sub-layer and adapter, was there before; the small one is inside the orange box.
 
 # %% [markdown]
-# ## 1. Build the adapter  ·  3 points, about 15 minutes
+# ## 1. Build the adapter  ·  3 points, about 15 minutes, ●○○
 #
 # Two things decide whether it works:
 #
@@ -205,7 +206,7 @@ for step in (1, 2):
 # multiplied by `up`, the other by what comes out of GELU, and gelu(0) = 0.
 
 # %% [markdown]
-# ## 2. Put it in its place  ·  4 points, about 20 minutes
+# ## 2. Put it in its place  ·  4 points, about 20 minutes, ●●○
 #
 # In a decoder layer of our LLaMA there are two additions, and the adapter belongs between sub-layer and addition:
 #
@@ -312,7 +313,7 @@ add_adapters(tiny, 8)
 print("largest difference of any logit:", (tiny(input_ids) - before).abs().max().item())
 
 # %% [markdown]
-# ## 3. How many parameters?  ·  2 points, about 15 minutes
+# ## 3. How many parameters?  ·  2 points, about 15 minutes, ●●○
 #
 # With $d$ features and a bottleneck of $m$, `down` has $md$ weights and $m$ biases, `up` has $dm$ weights and $d$ biases.
 # Together that is the paper's formula, for *each* adapter:
@@ -323,7 +324,7 @@ print("largest difference of any logit:", (tiny(input_ids) - before).abs().max()
 # parameters are trained, and what share of the model is that?
 
 # %%
-my_prediction = None  # a number of parameters
+my_count = predict("parameters of bottlenecks of 16 at both places", None)
 
 # %% [markdown]
 # Now write it down as a function, and turn it round: given a budget, how wide may the bottleneck be? All counts are whole
@@ -393,7 +394,7 @@ for name, whole in WHOLE.items():
         counted = count(name, *choice)
         assert counted == adapter_parameters(PRESETS[name], *choice)
         print(f"{name:<14} {placement:<14}{counted:>11,} parameters, {counted / whole:.3%} of {whole:,}")
-print(f"you said {my_prediction}")
+my_count.compare(count("SmolLM2-135M", *PLACEMENTS["Houlsby, 16"]))
 
 # %% [markdown]
 # Overviews of efficient fine-tuning say that adapters train 1 to 5% of a model's parameters. With a bottleneck of 16 we are
@@ -422,8 +423,9 @@ for name, whole in WHOLE.items():
 # activations than adapters at two places, or fewer?
 
 # %%
-i_think_smaller = []  # of "parameters", "gradients", "optimizer_state", "activations"
-i_think_more_activations = None  # "LoRA" or "adapters"
+# A set of names, of "parameters", "gradients", "optimizer_state" and "activations":
+my_smaller = predict("kinds of bytes of which adapters need less than half", None)
+my_larger = predict("more activations: LoRA or adapters", None)
 
 
 # %% [markdown]
@@ -508,12 +510,15 @@ for way, prepare in WAYS.items():
 
 # %% tags=["experiment"]
 print(step_table(measured))
-for kind in ("parameters", "gradients", "optimizer_state", "activations"):
-    share = getattr(measured["Houlsby, 16"], kind) / getattr(measured["full fine-tuning"], kind)
+shares = {
+    kind: getattr(measured["Houlsby, 16"], kind) / getattr(measured["full fine-tuning"], kind)
+    for kind in ("parameters", "gradients", "optimizer_state", "activations")
+}
+for kind, share in shares.items():
     print(f"Houlsby, 16: {kind.replace('_', ' ')} of {share:.1%} the size of full fine-tuning's")
-print(f"you said that these would be much smaller: {i_think_smaller}")
-most = max(("LoRA, rank 8", "Houlsby, 16"), key=lambda way: measured[way].activations)
-print(f"the more activations of the two: {most}; you said {i_think_more_activations}")
+my_smaller.compare({kind for kind, share in shares.items() if share < 0.5})
+more_with_lora = measured["LoRA, rank 8"].activations > measured["Houlsby, 16"].activations
+my_larger.compare("LoRA" if more_with_lora else "adapters")
 figure = plots.memory_bars(
     measured, f"One training step of SmolLM2-135M, fp32, {input_ids.shape[0]} × {input_ids.shape[1]} tokens"
 )
@@ -544,7 +549,7 @@ for way, prepare in {"full": lambda model: None, "Houlsby, 64": lambda model: ad
     print(f"LLaMA-7B, {way:<12}" + "".join(f"  {name} {size / 1e9:.2f} GB" for name, size in zip(names, sizes)))
 
 # %% [markdown]
-# ## 5. Several adapters in one place  ·  2 points, about 15 minutes
+# ## 5. Several adapters in one place  ·  2 points, about 15 minutes, ●●○
 #
 # The base never changes, so one copy of it can serve many tasks, each with a set of adapters of its own. An `AdapterBank`
 # stands where an adapter stood and holds several, by name. Its list `active` says which of them work: none (the base alone),
@@ -794,7 +799,7 @@ print(f"adapters add {adapter_parameters(PRESETS['SmolLM2-135M'], 16) / in_layer
 # tokens at once.
 
 # %%
-my_single_token, my_256_tokens = None, None  # percent
+my_slowdown = predict("percent by which adapters slow a forward pass", {"1 token": None, "256 tokens": None})
 
 
 # %% [markdown]
@@ -853,7 +858,7 @@ plots.show(
     figure,
     alt="Two bars for each way: by how many percent a forward pass is slower than the plain model's, for 1 token and for 256.",
 )
-print(f"you said {my_single_token}% for one token and {my_256_tokens}% for 256")
+my_slowdown.compare({length: 100 * (found["Houlsby, 16"] - 1) for length, found in factors.items()})
 
 # %% [markdown]
 # *What to see.* Merged LoRA is the plain model again; what its bar shows is the noise. Adapters cost more than their
@@ -932,7 +937,7 @@ print(f"largest relative difference of any loss: {apart:.1e}")
 assert apart <= 1e-5, "your adapters and the oracle's have parted ways: run the checks above again"
 
 # %% [markdown]
-# ## 10. Bug hunt: one adapter out of two  ·  1 point, about 10 minutes
+# ## 10. Bug hunt: one adapter out of two  ·  1 point, about 10 minutes, ●●○
 #
 # *After peft issues 1155 and 3761.* Two adapters were trained for two tasks, and somebody wants one that does a little of both:
 # its change of $h$ should be $w_1$ times the first one's plus $w_2$ times the second one's. In peft, functions that combine

@@ -47,6 +47,7 @@ from autograder.checks.lora import (
 )
 from peftlab import plots, results
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, causal_loss
+from peftlab.progress import predict
 
 UNIT = "08_lora"
 
@@ -103,7 +104,7 @@ def lora_by_definition(
 
 
 # %% [markdown]
-# ## 1. Build the layer  ·  5 points, about 25 minutes
+# ## 1. Build the layer  ·  5 points, about 25 minutes, ●●○
 #
 # `LoRALinear` takes the place of an `nn.Linear`, which it keeps as `base`. Three things decide whether it works:
 #
@@ -193,7 +194,7 @@ check_lora_start(LoRALinear)
 check_lora_memory(LoRALinear)
 
 # %% [markdown]
-# ## 2. Put it into a model  ·  2 points, about 15 minutes
+# ## 2. Put it into a model  ·  2 points, about 15 minutes, ●●○
 #
 # Parameters and layers of our LLaMA have the names that Hugging Face gives them: `model.layers.0.self_attn.q_proj` and so on.
 # `target_modules` says which to adapt, by the *last part* of the name, as in peft. `inject`
@@ -256,7 +257,7 @@ check_inject(inject)
 # How many numbers does LoRA train with rank 8 on all seven? Write your prediction down before you run the cell after.
 
 # %%
-my_prediction = None  # a number
+my_count = predict("parameters that LoRA of rank 8 trains", None)
 
 
 # %%
@@ -269,7 +270,8 @@ def with_lora(model: Llama, rank: int = 8, alpha: float = 16.0, target_modules: 
 with torch.device("meta"):  # shapes without numbers: nothing is allocated
     on_paper = with_lora(Llama(PRESETS["SmolLM2-135M"]))
 counted = sum(parameter.numel() for parameter in on_paper.parameters() if parameter.requires_grad)
-print(f"predicted {my_prediction}, counted {counted:,}: {counted / 134_515_008:.2%} of the model")
+my_count.compare(counted)
+print(f"{counted / 134_515_008:.2%} of the model")
 
 # %% [markdown]
 # ### Nothing has changed, and that can be proved
@@ -293,7 +295,8 @@ print("largest difference of any logit:", (after - before).abs().max().item())
 # be much smaller with LoRA? Which will not?
 
 # %%
-i_think_smaller = []  # of "parameters", "gradients", "optimizer_state", "activations"
+# A set of "parameters", "gradients", "optimizer_state" and "activations":
+my_smaller = predict("kinds of bytes of which LoRA needs less than half", None)
 
 # %% [markdown]
 # We take one step of SmolLM2 on a real batch, once trained in full and once with LoRA, and follow every allocation (on a GPU,
@@ -318,6 +321,9 @@ for method, prepare in {"full fine-tuning": lambda model: model, "LoRA, rank 8":
     measured[method] = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
 
 print(step_table(measured))
+kinds = ("parameters", "gradients", "optimizer_state", "activations")
+full, with_factors = ([getattr(step, kind) for kind in kinds] for step in measured.values())
+my_smaller.compare({kind for kind, whole, size in zip(kinds, full, with_factors) if size < whole / 2})
 
 # %% tags=["experiment"]
 figure = plots.memory_bars(
@@ -364,7 +370,7 @@ for name, found in gpu.proofs("bytes against the simulation").items():
         print(f"{name}, {method}: peak measured {here['peak']:,} bytes, simulated {simulated['peak']:,}")
 
 # %% [markdown]
-# ## 4. Merge and unmerge  ·  2 points, about 15 minutes
+# ## 4. Merge and unmerge  ·  2 points, about 15 minutes, ●○○
 #
 # A LoRA layer does three products where the base did one. After training there is no need for that: add the update to the
 # weight once, $W \leftarrow W + \frac{\alpha}{r} BA$, and the layer is as fast as it ever was. Subtract it again, and the base
@@ -455,7 +461,7 @@ for dtype in (torch.float32, torch.bfloat16):
 # to the bit.
 
 # %% [markdown]
-# ## 5. The adapter file  ·  2 points, about 15 minutes
+# ## 5. The adapter file  ·  2 points, about 15 minutes, ●●○
 #
 # What was learned is $A$ and $B$, and nothing else needs to be saved. `save_adapter` writes the factors of every layer to a
 # [safetensors](https://huggingface.co/docs/safetensors) file, under their full names
@@ -633,7 +639,8 @@ for rank in ranks:
 # is it? Take the two ends of the table, and exchange their $\alpha$. Predict the late losses.
 
 # %%
-my_late_loss = {"rank 1, alpha 32": None, "rank 16, alpha 2": None}  # between 0.410 and 0.103, the losses of the two ends?
+# Between 0.410 and 0.103, the losses of the two ends?
+my_losses = predict("late loss", {"rank 1, alpha 32": None, "rank 16, alpha 2": None})
 
 # %% [markdown]
 # The next cell makes the five runs again, and these two. About four minutes on two CPU cores; without it you see our rows.
@@ -651,11 +658,8 @@ for rank, alpha in [(1, 32.0), (16, 2.0), *((rank, 2.0 * rank) for rank in ranks
 # %%
 late = {setting: comparison.late_loss(row) for setting, row in RUNS.items()}
 for rank, alpha in ((1, 2.0), (16, 2.0), (1, 32.0), (16, 32.0)):
-    guess = my_late_loss.get(f"rank {rank}, alpha {alpha:g}")
-    said = f"; you said {guess}" if guess is not None else ""
-    print(
-        f"rank {rank:>2}, alpha {alpha:>2g}: late loss {late[rank, alpha]:.3f}, {RUNS[rank, alpha].score_after:5.1%} right{said}"
-    )
+    print(f"rank {rank:>2}, alpha {alpha:>2g}: late loss {late[rank, alpha]:.3f}, {RUNS[rank, alpha].score_after:5.1%} right")
+my_losses.compare({"rank 1, alpha 32": late[1, 32.0], "rank 16, alpha 2": late[16, 2.0]})
 
 # %%
 lines = {
@@ -764,7 +768,7 @@ print(f"largest relative difference of any loss: {apart:.1e}")
 assert apart <= 1e-5, "your LoRA and peft's have parted ways: run the checks above again"
 
 # %% [markdown]
-# ## 8. Bug hunt  ·  1 point, about 10 minutes
+# ## 8. Bug hunt  ·  1 point, about 10 minutes, ●●○
 #
 # *After peft issues 2018 and 2864.* Someone adapts the head of a small model, trains, merges, and finds that the merged model
 # talks nonsense. The code looks innocent:

@@ -49,6 +49,7 @@ from autograder.checks.quantization import (
 from peftlab import plots
 from peftlab.dynamic_code import dynamic_code, nearest_code
 from peftlab.memory import MEBIBYTE, tensor_bytes
+from peftlab.progress import predict
 
 # %% [markdown]
 # ## The idea
@@ -92,7 +93,7 @@ plots.show(
 # follows from *one* weight, the largest. And in the middle many weights share a line, while most of the outer lines serve few.
 
 # %% [markdown]
-# ## 1. Eight bits, and an outlier  ·  2 points, about 15 minutes
+# ## 1. Eight bits, and an outlier  ·  2 points, about 15 minutes, ●●○
 #
 # Start with eight bits and evenly spaced levels, the integers from -127 to 127:
 #
@@ -151,7 +152,7 @@ check_absmax_int8(absmax_int8, from_int8)
 # By which factor will the error grow, per tensor, per row and per block?
 
 # %%
-my_factors = {"per tensor": None, "per row": None, "per block of 64": None}  # predictions
+my_factors = predict("times the error with one outlier", {"per tensor": None, "per row": None, "per block of 64": None})
 
 
 # %%
@@ -171,13 +172,12 @@ torch.manual_seed(0)
 weight = torch.randn(576, 576)
 with_outlier = weight.clone()
 with_outlier[100, 200] = 40.0
+growth = {}
 for name, blocks in cut(weight).items():
     before, after = int8_error(weight, blocks), int8_error(weight, cut(with_outlier)[name])
-    bits = 8 + 32 * len(blocks) / weight.numel()
-    print(
-        f"{name:<16}{bits:6.2f} bits a weight, error {before:.2%} -> {after:.2%} with the outlier, "
-        f"{after / before:.1f} times (you said {my_factors[name]})"
-    )
+    bits, growth[name] = 8 + 32 * len(blocks) / weight.numel(), after / before
+    print(f"{name:<16}{bits:6.2f} bits a weight, error {before:.2%} -> {after:.2%} with the outlier")
+my_factors.compare(growth)
 
 # %%
 sizes = [5, 10, 20, 40, 80, 160]
@@ -203,7 +203,7 @@ plots.show(
 # is 127 / 7, about eighteen times, as coarse: then blocks become a necessity, and so does a better choice of levels.
 
 # %% [markdown]
-# ## 2. Levels from normal quantiles  ·  2 points, about 15 minutes
+# ## 2. Levels from normal quantiles  ·  2 points, about 15 minutes, ●●○
 #
 # Trained weights are close to normally distributed. Evenly spaced levels then waste codes: hardly any weight is near -1 or 1,
 # and many are near 0. **NormalFloat** puts the levels where the weights are. Cut the normal distribution into parts of *equal
@@ -311,7 +311,7 @@ print("equal in every bit:", torch.equal(nf4_levels(), table))
 # bitsandbytes' in theirs.
 
 # %% [markdown]
-# ## 3. Codes and bytes  ·  3 points, about 20 minutes
+# ## 3. Codes and bytes  ·  3 points, about 20 minutes, ●●●
 #
 # **The nearest level** *(1 point)*. `nearest_level` returns, for numbers of any shape, the index of the nearest level as
 # `uint8`. Levels ascend, but are not evenly spaced. Halfway between two of them the tie goes **down**, to the lower level, as
@@ -414,7 +414,7 @@ def unpack(packed: UInt8[Tensor, "half 1"]) -> UInt8[Tensor, "n"]:
 check_pack(pack, unpack)
 
 # %% [markdown]
-# ## 4. A weight in four bits  ·  3 points, about 20 minutes
+# ## 4. A weight in four bits  ·  3 points, about 20 minutes, ●●●
 #
 # **Quantize** *(2 points)*. Put the parts together: `quantize_4bit` flattens the weight row by row, cuts it into blocks, takes
 # each block's absmax in fp32, scales, finds the codes and packs them. Blocks do not care where a row of the weight ends. A
@@ -538,7 +538,8 @@ DATA_TYPES = {
 }
 
 # %%
-my_best, my_worst = None, None  # predictions
+# "int4", "FP4 (E2M1)", "FP4 (E3M0)" or "NF4":
+my_extremes = predict("the data type with", {"the smallest error": None, "the largest error": None})
 
 # %%
 torch.manual_seed(0)
@@ -551,7 +552,8 @@ for name, levels in DATA_TYPES.items():
             (dequantize_4bit(*stored, levels, numbers.shape, numbers.dtype, size) - numbers).pow(2).mean().item()
         )
     print(f"{name:<12}mean squared error {errors[name, 64]:.5f} in blocks of 64, {errors[name, 4096]:.5f} in blocks of 4096")
-print(f"You said: the smallest error {my_best}, the largest {my_worst}.")
+by_error = sorted(DATA_TYPES, key=lambda name: errors[name, 64])
+my_extremes.compare({"the smallest error": by_error[0], "the largest error": by_error[-1]})
 
 # %% [markdown]
 # What does a block size cost, and what does it buy? More blocks mean more absmax, each of 32 bits:
@@ -589,7 +591,7 @@ plots.show(
 # them. In the picture the curves are steep on the left: the first half bit buys most.
 
 # %% [markdown]
-# ## 5. Double quantization  ·  2 points, about 15 minutes
+# ## 5. Double quantization  ·  2 points, about 15 minutes, ●●○
 #
 # An fp32 absmax for every 64 weights takes 4 GB in a model of 65 billion. So QLoRA quantizes these as well, in eight bits. They
 # are all positive, which would leave half of a signed data type idle; so the mean is subtracted first:
@@ -695,7 +697,7 @@ print(
 )
 
 # %% [markdown]
-# ## 6. Bits a parameter  ·  1 point, about 10 minutes
+# ## 6. Bits a parameter  ·  1 point, about 10 minutes, ●○○
 #
 # Now count. A weight has its code, and its share of its block's absmax, which is 32 bits; or, with double quantization, of an
 # 8-bit code and of a nested absmax of 32 bits for every `nested_block_size` *blocks*. The one offset of a whole weight is left
@@ -703,7 +705,7 @@ print(
 # blocks of 256)?
 
 # %%
-my_bits, my_bits_with_double = None, None  # predictions
+my_bits = predict("bits of NF4 a parameter", {"plain": None, "double": None})
 
 
 # %% nbgrader={"grade": false, "grade_id": "bits", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -736,7 +738,7 @@ for name, stored, counted in (
 ):
     measured = 8 * tensor_bytes(stored) / numbers.numel()
     print(f"{name:<26}{counted:.5f} bits counted, {measured:.5f} measured")
-print(f"You said {my_bits}, and {my_bits_with_double} with double quantization.")
+my_bits.compare({"plain": bits_per_parameter(4, 64), "double": bits_per_parameter(4, 64, 256)})
 
 # %% [markdown]
 # The difference in the last digit is the offset: 32 bits for a million weights.
@@ -747,7 +749,7 @@ print(f"You said {my_bits}, and {my_bits_with_double} with double quantization."
 # embedding and the norms stay as they are, in 16 bits. Which share of the bytes will be left?
 
 # %%
-my_share = None  # a prediction, of the bytes in bf16
+my_share = predict("percent of the model's bytes in bf16 that NF4 leaves", None)
 
 # %% tags=["experiment"]
 from peftlab import settings, tasks
@@ -785,7 +787,8 @@ for name, parts in kept.items():
     sizes = "".join(f"{parts.get(part, 0) / MEBIBYTE:>9.1f}" for part in ("weights or codes", "absmax", "the rest"))
     total = sum(parts.values())
     print(f"{name:<13}{bits:7.3f} bits; MiB:{sizes}, together {total / MEBIBYTE:6.1f}, {total / in_16_bits:4.0%} of bf16")
-print(f"columns of MiB: weights or codes, absmax, the rest; you said that {my_share} of bf16 would be left")
+print("columns of MiB: weights or codes, absmax, the rest")
+my_share.compare(100 * sum(kept["NF4"].values()) / in_16_bits)
 if settings.short():
     print("(A short run: eight linear layers beside the whole rest. These shares mean nothing.)")
 
@@ -879,8 +882,9 @@ print(f"NF4's 1 stands for {expected:.2f} standard deviations; the largest of 64
 # without blocks?
 
 # %%
-my_order = ["...", "...", "...", "..."]  # int4, FP4 (E2M1), FP4 (E3M0) and NF4, from the lowest loss to the highest
-my_rise_without_blocks = None  # nats per token
+# A list of "int4", "FP4 (E2M1)", "FP4 (E3M0)" and "NF4", from the lowest loss to the highest; and a rise:
+my_order = predict("the data types by loss, the lowest first", None)
+my_rise = predict("nats per token by which the loss rises without blocks", None)
 PAPER = {"int4": 34.34, "FP4 (E2M1)": 31.07, "FP4 (E3M0)": 29.48, "NF4, double": 27.41}
 
 
@@ -937,7 +941,8 @@ for name, (error, bits, loss) in measured.items():
     print(f"{name:<16}{bits:>7.3f}{error:>9.2%}{loss:>9.4f}{loss - loss_before:>+9.4f}{PAPER.get(name, ''):>26}")
 print(f"{time.perf_counter() - started:.0f} seconds")
 print("from the lowest loss to the highest:", ", ".join(sorted(measured, key=lambda name: measured[name][2])))
-print(f"you said: {', '.join(my_order)}; and a rise of {my_rise_without_blocks} without blocks")
+my_order.compare(sorted((name for name in DATA_TYPES if name in measured), key=lambda name: measured[name][2]))
+my_rise.compare(measured["int4, no blocks"][2] - loss_before)
 
 # %% tags=["experiment"]
 figure, axes = plt.subplots(figsize=(7, 2.8))
@@ -1012,7 +1017,7 @@ for name, weights in (
 # it. Unit 10 does that.
 
 # %% [markdown]
-# ## 10. Bug hunt  ·  1 point, about 5 minutes
+# ## 10. Bug hunt  ·  1 point, about 5 minutes, ●●○
 #
 # *After bitsandbytes issues 1342, 1690 and 1995.* Compiled code is handed a pointer, the address where a tensor's numbers
 # begin, and reads on from there. The next function cuts a weight into blocks just so:
@@ -1029,7 +1034,8 @@ def to_blocks_with_a_bug(weight: Tensor, block_size: int = 64) -> Tensor:
 # will this return garbage?
 
 # %%
-my_garbage = []  # of "a weight", "its transpose", "every other row", "half of it"
+# A set of "a weight", "its transpose", "every other row" and "half of it":
+my_garbage = predict("views that come back as garbage", None)
 
 # %%
 torch.manual_seed(0)
@@ -1044,7 +1050,7 @@ for name, view in {
     off = (read_back - view).pow(2).mean().sqrt() / view.std()
     garbage += [name] if off > 0.1 else []
     print(f"{name:<16} read back, is off by {off:.1%} of a standard deviation")
-print(f"garbage: {', '.join(garbage)}; you said {', '.join(my_garbage) or '-'}")
+my_garbage.compare(set(garbage))
 
 # %% [markdown]
 # No error, the right shape, and for two of the four garbage. It happened to people who quantized a slice or a transposed weight

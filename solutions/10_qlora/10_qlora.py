@@ -50,6 +50,7 @@ from peftlab import plots
 from peftlab.dynamic_code import dynamic_code
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, causal_loss, set_gradient_checkpointing
 from peftlab.memory import MEBIBYTE, StepMemory, measure_training_step, step_table, tensor_bytes, whole_storage
+from peftlab.progress import predict
 
 UNIT = "10_qlora"
 
@@ -115,11 +116,11 @@ plots.show(figure, alt="Four squares: fp32 large, bf16 half its area, NF4 an eig
 # beside one of LoRA? Sections 4 and 5 measure both.
 
 # %%
-my_bytes_per_parameter = None  # a number
-my_seconds = None  # QLoRA's step over LoRA's: a ratio
+my_bytes = predict("bytes a quantized parameter", None)
+my_seconds = predict("QLoRA's step over LoRA's, in time, one row", None)
 
 # %% [markdown]
-# ## 1. Dequantize, fast  ·  2 points, about 20 minutes
+# ## 1. Dequantize, fast  ·  2 points, about 20 minutes, ●●○
 #
 # In unit 09 dequantizing had to be right. Now it happens twice in every layer and step, so it has to be fast and sparing as
 # well. The obvious way unpacks the codes and looks each one up. But PyTorch's index is an integer of four or eight *bytes*: it
@@ -189,7 +190,7 @@ def dequantize_nf4(
 check_fast_dequantize(dequantize_nf4)
 
 # %% [markdown]
-# ## 2. A layer of codes  ·  4 points, about 35 minutes
+# ## 2. A layer of codes  ·  4 points, about 35 minutes, ●●●
 #
 # `NF4Linear` takes the place of a frozen `nn.Linear`. It gets tensors that are quantized already. `statistics` is `(absmax,)`,
 # in fp32. With double quantization it is `(codes, nested_absmax, offset)`, as in unit 09: `uint8` codes of `dynamic_code()`, an
@@ -379,7 +380,7 @@ plots.show(
 # *What to see.* In the first bar the green part is eight unpacked weights, which wait for backward. The second bar has no green
 # part: its peak is barely above the codes plus one layer's unpacked weight.
 #
-# ## 3. LoRA on it, in a whole model  ·  3 points, about 25 minutes
+# ## 3. LoRA on it, in a whole model  ·  3 points, about 25 minutes, ●●○
 #
 # **The layer** *(1 point)*. `QLoRALinear` puts LoRA on an `NF4Linear`, as in unit 08: $A$ random (`kaiming_uniform_` with
 # `a=math.sqrt(5)`), $B$ zero, scale $\alpha / r$. The dtype is new, twice:
@@ -608,7 +609,7 @@ for linear in linears:
 count = sum(linear.weight.numel() for linear in linears)
 for name, size in stored.items():
     print(f"{name:<12}{size / MEBIBYTE:8.1f} MiB, {size / count:.4f} bytes a parameter, {size / stored['bf16']:6.1%} of bf16")
-print(f"you said {my_bytes_per_parameter}")
+my_bytes.compare(stored["NF4, double"] / count)
 figure, axes = plt.subplots(figsize=(7, 2.6))
 axes.barh(list(stored), [size / MEBIBYTE for size in stored.values()], color=plots.COLOURS["parameters"])
 axes.invert_yaxis()
@@ -786,14 +787,15 @@ def seconds_a_step(model: nn.Module, rows: int) -> float:
 
 # %% tags=["experiment"]
 timed = {method: prepared(method) for method in ("LoRA", "QLoRA")}
+ratios = {}
 for rows in sorted({1, settings.rows(4), len(input_ids)}):
     seconds = {method: seconds_a_step(model, rows) for method, model in timed.items()}
-    more = seconds["QLoRA"] - seconds["LoRA"]
+    more, ratios[rows] = seconds["QLoRA"] - seconds["LoRA"], seconds["QLoRA"] / seconds["LoRA"]
     print(
         f"{rows:>3} × {input_ids.shape[1]} tokens: LoRA {seconds['LoRA']:.2f} s, QLoRA {seconds['QLoRA']:.2f} s, "
-        f"{seconds['QLoRA'] / seconds['LoRA']:.2f} times as long, {more:+.2f} s"
+        f"{ratios[rows]:.2f} times as long, {more:+.2f} s"
     )
-print(f"you said {my_seconds}")
+my_seconds.compare(ratios[1])
 
 # %% [markdown]
 # *What to see.* On a CPU the ratio falls as the batch grows, and the seconds that are added change little. Dequantizing costs
@@ -921,7 +923,7 @@ for name, found in gpu.proofs("training steps").items():
 # as fast, and what remains is the way from Python to the launch. A compiled step of QLoRA takes no longer than peft's on
 # bitsandbytes. On a CPU there is nothing to launch: compare your own lines above.
 #
-# ## 6. Merging, or not  ·  1 point, about 10 minutes
+# ## 6. Merging, or not  ·  1 point, about 10 minutes, ●○○
 #
 # After training one would like a plain model again. `merged_weight` returns $\hat W + \frac{\alpha}{r} B A$ of a layer:
 #
@@ -951,7 +953,8 @@ check_merged_weight(merged_weight)
 # gap will be.
 
 # %%
-my_order = ["...", "...", "..."]  # from the least change to the most
+# A list of "fp32", "bf16" and "NF4, again":
+my_order = predict("the merges by change, the least first", None)
 
 # %% tags=["experiment"]
 few = reviews.test.select(range(settings.examples(240)))
@@ -971,6 +974,7 @@ MERGES = {
 
 # %% tags=["experiment"]
 print(f"{'adapter':<12} reviews right {reviews.score(model, few):.1%}, newspaper loss {tasks.mean_loss(model, general):.4f}")
+changes = {}
 for name, rounded in MERGES.items():
     plain, _ = load_smollm2()
     off = size = lost = 0.0
@@ -980,10 +984,12 @@ for name, rounded in MERGES.items():
         plain.get_submodule(layer_name).weight = nn.Parameter(used, requires_grad=False)
         off, size = off + (used - merged).pow(2).sum().item(), size + update.pow(2).sum().item()
     plain.to(device)
+    changes[name] = (off / size) ** 0.5 if size else 0.0
     print(
         f"{name:<12} reviews right {reviews.score(plain, few):.1%}, newspaper loss {tasks.mean_loss(plain, general):.4f}; "
-        f"rounding is {(off / size) ** 0.5 if size else 0.0:.3f} times the update"
+        f"rounding is {changes[name]:.3f} times the update"
     )
+my_order.compare(sorted(changes, key=changes.get))
 
 # %% tags=["experiment"]
 same = [(back_to_four_bits(merged_weight(layer)).packed == layer.base.packed).float().mean() for layer in layers.values()]
@@ -1289,7 +1295,7 @@ else:
     print("No larger model was named.")
 
 # %% [markdown]
-# ## 9. Bug hunt  ·  1 point, about 10 minutes
+# ## 9. Bug hunt  ·  1 point, about 10 minutes, ●●○
 #
 # *After bitsandbytes issue 1569, peft issues 816 and 1149, and TRL pull request 4457.* Somebody prepares a quantized model for
 # training, and "the memory consumption is even higher than the bf16 counterpart". peft's function for this freezes the model

@@ -53,6 +53,7 @@ from peftlab.jobs import ACCESS, Job, Option, Reason, Recommendation, Refusal
 from peftlab.comparison import chosen_rate, machine
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, rotate
 from peftlab.memory import MEBIBYTE, StepMemory, step_table
+from peftlab.progress import predict
 from peftlab.results import Row
 from peftlab.simulate import RANK_BYTES, RECIPES, RankBytes, recipe_with, simulate_training_step, with_factors
 
@@ -88,10 +89,11 @@ for method, (low, high, *words) in CLAIMED.items():
 # confirm, on a task with 480 test rows? Section 8 has the answers.
 
 # %%
-my_low_over_minimal, my_confirmed_pairs = None, None  # a factor, and a number from 0 to 19
+my_ratio = predict("LoRA's bytes over prompt tuning's, LLaMA-7B", None)
+my_confirmed = predict("pairs of 19 whose order the rows confirm, on movie_reviews", None)
 
 # %% [markdown]
-# ## 1. Whose rows?  ·  2 points, about 10 minutes
+# ## 1. Whose rows?  ·  2 points, about 10 minutes, ●○○
 #
 # Every experiment of this course has left a row: yours in the `results` folders beside the notebooks, ours in the course. One
 # table may hold only rows of one kind, and one lonely row of yours should not replace a sweep of ours. Write `merge_rows`:
@@ -179,7 +181,7 @@ print(comparison.twin_table(comparison.twins(gpu.rows(), shipped)))
 # larger, but not QLoRA's, which computed in bf16 on that card. The seconds cannot be compared: other notebooks ran there at the
 # same time.
 #
-# ## 2. Can they be told apart?  ·  3 points, about 15 minutes
+# ## 2. Can they be told apart?  ·  3 points, about 15 minutes, ●●●
 #
 # A method's rows on a task are a sweep: one run for each learning rate, and two more seeds at the best. The table takes the
 # rate with the lowest late loss, as `chosen_rate` finds it. *Forgetting* is by how much the loss on newspaper sentences rose,
@@ -235,7 +237,7 @@ for (task, method), rows in sets.items():
 # **Predict.** What will the verdict on LoRA and full fine-tuning be, on tool calls?
 
 # %%
-my_verdict = None  # "first" for LoRA, "second" for full fine-tuning, or "cannot tell"
+my_verdict = predict("the better on tool_calls: LoRA, full fine-tuning or cannot tell", None)
 
 
 # %% nbgrader={"grade": false, "grade_id": "compare", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -285,6 +287,7 @@ def made_up(method: str, scores: Sequence[float]) -> list[Row]:
 
 
 print(compare(made_up("lora", [0.90, 0.80]), made_up("bitfit", [0.85, 0.77]), test_rows=1000))
+verdicts = {}
 for task in STANDARD:
     for method in METHODS[1:]:
         if {(task, method), (task, "full")} <= sets.keys():
@@ -295,7 +298,8 @@ for task in STANDARD:
             difference = "unknown" if found["difference"] is None else f"{found['difference']:+.1%}"
             verdict = {"first": "better", "second": "worse"}.get(found["verdict"], found["verdict"])
             print(f"{task:<15}{method:<15}{difference:>8}, error {error:>8}   {verdict:<12}{needed:>12,.0f} test rows")
-print(f"your verdict on LoRA, tool_calls: {my_verdict}")
+            verdicts[task, method] = {"better": "LoRA", "worse": "full fine-tuning"}.get(verdict, verdict)
+my_verdict.compare(verdicts.get(("tool_calls", "lora")))
 
 # %%
 for task in STANDARD:
@@ -311,7 +315,7 @@ for task in STANDARD:
 # seeds would not mend that. If the rows held each single answer, one could pair the test rows, too. And two errors is a
 # convention. With three seeds a stricter test would ask for more.
 #
-# ## 3. What nobody beats  ·  2 points, about 10 minutes
+# ## 3. What nobody beats  ·  2 points, about 10 minutes, ●○○
 #
 # Some methods are beaten by another: they cost more and bring less. The others are the **Pareto front**. With noise, A is
 # *clearly better* than B if its score is higher by more than the larger of their two noises.
@@ -379,7 +383,9 @@ print("50 random sets of points, many ties: the same front as by the definition"
 # As noise take two standard errors of a method's mean score.
 
 # %%
-on_the_front_by_memory, on_the_front_by_parameters = None, None  # sets of names
+# For each a set of names, such as {"lora", "bitfit"}:
+my_front_by_memory = predict("on the front by memory", {task: None for task in STANDARD})
+my_front_by_parameters = predict("on the front by parameters", {task: None for task in STANDARD})
 
 
 # %%
@@ -389,8 +395,8 @@ def noise(task: str, scores: Sequence[float]) -> float:
     return 2 * math.sqrt(of_seeds + p * (1 - p) / TEST_ROWS[task])
 
 
-def show_front(task: str, cost: Callable[[str, str], float], xlabel: str, guess: object) -> None:
-    """Draw score against cost for every method that was measured on the task, and print the front beside the guess."""
+def show_front(task: str, cost: Callable[[str, str], float], xlabel: str) -> set[str]:
+    """Draw score against cost for every method that was measured on the task, and return the front."""
     measured = {method: table[task, method] for method in METHODS if (task, method) in table}
     points = {
         method: (cost(task, method), 100 * line.score, 100 * noise(task, line.scores)) for method, line in measured.items()
@@ -398,15 +404,24 @@ def show_front(task: str, cost: Callable[[str, str], float], xlabel: str, guess:
     front = pareto_front(points)
     figure = plots.pareto(points, front, f"{task}: score against {xlabel}", xlabel, "score (%)")
     plots.show(figure, alt=f"{task}: score against {xlabel}; filled markers are on the front, bars are the noise.")
-    print(f"on the front: {', '.join(front)}; your guess: {guess}")
+    return set(front)
 
 
-for task in STANDARD:
-    show_front(task, lambda *key: table[key].row.memory.peak / MEBIBYTE, "peak of a step (MiB)", on_the_front_by_memory)
+def peak(*key: str) -> float:
+    """Return the peak of a step, in MiB, for a task and a method."""
+    return table[key].row.memory.peak / MEBIBYTE
+
+
+my_front_by_memory.compare({task: show_front(task, peak, "peak of a step (MiB)") for task in STANDARD})
+
 
 # %%
-for task in STANDARD:
-    show_front(task, lambda *key: table[key].row.trainable_parameters, "trained parameters", on_the_front_by_parameters)
+def trained(*key: str) -> int:
+    """Return how many parameters are trained, for a task and a method."""
+    return table[key].row.trainable_parameters
+
+
+my_front_by_parameters.compare({task: show_front(task, trained, "trained parameters") for task in STANDARD})
 
 # %% [markdown]
 # *What to see.* By memory the front is a single method: layer freezing on reviews, QLoRA on tool calls. It is the cheapest, and
@@ -634,7 +649,7 @@ plots.show(
 # freezing keeps activations for a few layers only, but four layers of this model are an eighth of it, with gradients and two
 # moments of their own. QLoRA alone makes the weights smaller.
 #
-# ## 6. Fit a job to a GPU  ·  2 points, about 10 minutes
+# ## 6. Fit a job to a GPU  ·  2 points, about 10 minutes, ●●○
 #
 # A card of 24 GB, a model, a recipe: how large may the batch be? `peak(batch)` *measures* a training step, which takes a second
 # or two, so ask it seldom: at most $2 \log_2(\text{limit}) + 2$ times. The peak never falls when the batch grows. Write
@@ -702,7 +717,7 @@ else:
 # with QLoRA on 40 GB?
 
 # %%
-my_7b_on_24, my_70b_on_40 = None, None  # batches
+my_batches = predict("largest batch", {"LLaMA-7B, LoRA, 24 GB": None, "Llama-2-70B, QLoRA, 40 GB": None})
 
 
 # %% tags=["experiment"]
@@ -715,11 +730,13 @@ def measured_peak(name: str, recipe: str, batch: int) -> int:
 CARDS, LIMIT = (16, 24, 40, 80), 1 if settings.short() else 8
 MODELS = ("LLaMA-7B", "LLaMA-13B", "Llama-2-70B")[: 1 if settings.short() else 3]
 print(f"{'largest batch of 2,048 tokens':<34}" + "".join(f"{card:>6} GB" for card in CARDS) + f"   (up to {LIMIT})")
+largest = {}
 for name in MODELS:
     for recipe in ("LoRA", "QLoRA"):
         batches = [largest_batch(partial(measured_peak, name, recipe), USABLE * card * CARD_GB, LIMIT) for card in CARDS]
         print(f"{name:<14}{recipe:<20}" + "".join(f"{batch or '-':>9}" for batch in batches), flush=True)
-print(f"your guesses: LLaMA-7B, LoRA, 24 GB: {my_7b_on_24}; Llama-2-70B, QLoRA, 40 GB: {my_70b_on_40}")
+        largest |= {f"{name}, {recipe}, {card} GB": batch for card, batch in zip(CARDS, batches)}
+my_batches.compare({job: largest.get(job) for job in my_batches.guess})
 
 # %% [markdown]
 # *What to see.* A dash is a job that does not fit at all. On the cards of 16, 24 and 80 GB QLoRA trains a larger model than
@@ -848,10 +865,9 @@ for method, (low, high, memory, _, speed) in CLAIMED.items():
         f"   {speed:<10}{step_ratio[method]:>8.2f}"
     )
 ratios = {other: steps_7b["lora"].peak / steps_7b[other].peak for other in ("prompt_tuning", "qlora")}
-print(
-    f"LoRA ('Low') takes {ratios['prompt_tuning']:.2f} times what prompt tuning ('Minimal') takes; you said {my_low_over_minimal}"
-)
+print(f"LoRA ('Low') takes {ratios['prompt_tuning']:.2f} times what prompt tuning ('Minimal') takes,")
 print(f"and {ratios['qlora']:.2f} times what QLoRA ('Very low') takes")
+my_ratio.compare(ratios["prompt_tuning"])
 
 # %% [markdown]
 # Then quality. Of the pairs that the words put in an order, how many do the rows confirm?
@@ -869,7 +885,8 @@ for task in STANDARD:
         f"{found.count(verdict)} {words}" for verdict, words in (("first", "confirmed"), ("second", "contradicted"))
     )
     print(f"{task}: {len(found)} pairs, {said}, {found.count('cannot tell')} cannot be told")
-print(f"you said: {my_confirmed_pairs} confirmed, on movie_reviews")
+    if task == "movie_reviews":
+        my_confirmed.compare(found.count("first"))
 
 # %% [markdown]
 # *What to see.* The words contradict no quality that we can tell, and that is worth little: an adjective never says how much.
@@ -957,7 +974,7 @@ def outcome(answer: Recommendation | Refusal) -> str:
 
 
 # %% [markdown]
-# ### The rules  ·  2 points, about 10 minutes
+# ### The rules  ·  2 points, about 10 minutes, ●○○
 #
 # `broken_rules` returns a `Reason(rule, figure, limit)` for **every** rule that an option breaks, in this order:
 #
@@ -1007,7 +1024,7 @@ def broken_rules(option: Option, job: Job) -> list[Reason]:
 check_broken_rules(broken_rules)
 
 # %% [markdown]
-# ### The recommendation  ·  3 points, about 15 minutes
+# ### The recommendation  ·  3 points, about 15 minutes, ●●○
 #
 # `recommend(job, options, broken_rules)` gets the rules as an argument, so that others can be tried. It works with any, and
 # leaves `options` as they are.
@@ -1207,7 +1224,7 @@ for cards in (1, 2, 8):
 # and its peak is smaller. The program does not know what a card costs.
 
 # %% [markdown]
-# ## 10. Eight situations  ·  2 points, about 10 minutes
+# ## 10. Eight situations  ·  2 points, about 10 minutes, ●●○
 #
 # Without the program this time. Peaks are in section 5, shares and files in sections 2 and 4, quality in section 9. Which
 # method would you take? `full`, `lora`, `qlora`, `adapters`, `prefix_tuning`, `prompt_tuning`, `bitfit`, `layer_freezing`, or
@@ -1238,7 +1255,7 @@ def choose_for() -> dict[str, str]:
 check_choose_for(choose_for)
 
 # %% [markdown]
-# ## 11. Bug hunt: out of memory in the middle of the night  ·  1 point, about 5 minutes
+# ## 11. Bug hunt: out of memory in the middle of the night  ·  1 point, about 5 minutes, ●○○
 #
 # *After transformers issue 11388.* Somebody measures the first batch, finds room to spare, and goes home. After 5,906 of 30,625
 # steps: CUDA out of memory. Nothing leaks. A batch is padded to its longest row, and rows are not equally long:
@@ -1335,6 +1352,14 @@ check_heaviest_batch(heaviest_batch)
 # A table that says which of its differences it can tell, and a program that recommends, gives its reasons and can say no. Take
 # it with you, and replace its evidence by your own.
 #
+# And your own record: which checks have passed, what you guessed, and what was measured.
+
+# %%
+from peftlab import progress
+
+progress.show()
+
+# %% [markdown]
 # ## Sources
 #
 # - huggingface/peft, `method_comparison`: one configuration, one result file, a Pareto picture.

@@ -11,7 +11,7 @@
 #
 # | minutes | difficulty | points | before this unit |
 # |---|---|---|---|
-# | 150, and 8 of experiments on two CPU cores | 3 of 5 | 14 | 08_lora; 02_rank_decomposition helps |
+# | 110, and 2 of experiments on two CPU cores | 3 of 5 | 14 | 08_lora; 02_rank_decomposition helps |
 #
 # LoRA leaves four choices: the rank, the scale, the learning rate, and which layers get it. It also has dozens of successors,
 # and in each one's paper it wins. This unit builds four of them, a few lines each. Then it gives each its own tuned learning
@@ -50,6 +50,7 @@ from autograder.checks.lora_in_practice import (
 )
 from peftlab import comparison, plots, results
 from peftlab.llama import ALL_LINEAR, IGNORE, PRESETS, Llama, causal_loss
+from peftlab.progress import predict
 from peftlab.training import trainable
 
 UNIT = "12_lora_in_practice"
@@ -128,7 +129,7 @@ plots.show(
 )
 
 # %% [markdown]
-# ## 1. The scale is a choice  ·  1 point, about 15 minutes
+# ## 1. The scale is a choice  ·  1 point, about 15 minutes, ●○○
 #
 # Unit 08 compared ranks, and found that what counted was $\alpha$: with $\alpha$ fixed, rank 1 and rank 16 learned alike.
 # Kalajdzievski (2023) says that $\alpha / r$ is the wrong scale: with it, a large rank learns too slowly. He proposes $\alpha /
@@ -163,7 +164,8 @@ check_rslora_alpha(rslora_alpha)
 # rank 256 with $\alpha$ fixed and the scale $\alpha / r$, does each of them grow, stay, or shrink?
 
 # %%
-my_prediction = {"fall of the loss": None, "change of the output": None}  # "grows", "stays" or "shrinks"
+# "grows", "stays" or "shrinks":
+my_trends = predict("from rank 1 to rank 256", {"fall of the loss": None, "change of the output": None})
 
 # %%
 torch.manual_seed(0)
@@ -184,10 +186,13 @@ def first_step(rank: int, alpha: float) -> tuple[float, float]:
 
 
 print(f"{'':>6}{'alpha / r':>22}{'alpha / sqrt(r)':>24}\n{'rank':>6}" + 2 * f"{'loss falls':>12}{'output':>10}")
+steps = {}
 for rank in (1, 4, 16, 64, 256):
-    steps = [first_step(rank, 16.0), first_step(rank, 16.0 * math.sqrt(rank))]
-    print(f"{rank:>6}" + "".join(f"{fall:>12.5f}{change:>10.5f}" for fall, change in steps))
-print(f"with alpha / r you said: {my_prediction}")
+    steps[rank] = [first_step(rank, 16.0), first_step(rank, 16.0 * math.sqrt(rank))]
+    print(f"{rank:>6}" + "".join(f"{fall:>12.5f}{change:>10.5f}" for fall, change in steps[rank]))
+times = [last / first for first, last in zip(steps[1][0], steps[256][0])]
+trends = ["grows" if each > 1.25 else "shrinks" if each < 0.8 else "stays" for each in times]
+my_trends.compare(dict(zip(("fall of the loss", "change of the output"), trends)))
 
 # %% [markdown]
 # *What to see.* With $\alpha / r$ a first step lowers the loss equally at every rank. But it moves the output less and less: at
@@ -231,7 +236,7 @@ print(f"\nThe sweeps:\n{comparison.sweep_table(ranks)}")
 # the output has it for two ranks at the same scale: $\sqrt{8} \approx 2.8$. So each ruler is right once and neither decides
 # alone. What both agree on: a larger scale takes the place of a larger rate.
 #
-# ## 2. Two learning rates: LoRA+  ·  2 points, about 15 minutes
+# ## 2. Two learning rates: LoRA+  ·  2 points, about 15 minutes, ●●○
 #
 # $A$ starts at random, $B$ at zero. So they do not learn alike. Below, layers of three widths learn a small change of their
 # weight, with one rate for both factors. The table says how large the part of the output's change is that comes from $A$'s
@@ -318,7 +323,7 @@ def loraplus_groups(model: nn.Module, learning_rate: float, ratio: float) -> lis
 check_loraplus_groups(loraplus_groups)
 
 # %% [markdown]
-# ## 3. Another start: PiSSA  ·  2 points, about 20 minutes
+# ## 3. Another start: PiSSA  ·  2 points, about 20 minutes, ●●○
 #
 # LoRA starts from $BA = 0$. PiSSA (Meng et al. 2024) starts from what is largest in the weight. With the SVD $W = \sum_i
 # \sigma_i u_i v_i^T$ it puts the $r$ largest components into the factors, where they are trained, and freezes the rest. The
@@ -389,7 +394,7 @@ layer = pissa_layer(linear, rank=8, alpha=16.0)
 print(f"largest change of the output: {(layer(x) - before).abs().max().item():.1e}")
 
 # %% [markdown]
-# ### The file that others can use  ·  1 point, about 10 minutes
+# ### The file that others can use  ·  1 point, about 10 minutes, ●●●
 #
 # There is a catch. PiSSA has changed the base. Its trained factors fit the *rest* of $W$, and nobody else has that. Share them,
 # and whoever adds them to $W$ gets nonsense. But the *change* that was learned, $s\,(BA - B_0 A_0)$, with the factors $A_0$ and
@@ -436,7 +441,7 @@ def pissa_to_lora(
 check_pissa_to_lora(pissa_to_lora)
 
 # %% [markdown]
-# ## 4. Another form: DoRA  ·  2 points, about 20 minutes
+# ## 4. Another form: DoRA  ·  2 points, about 20 minutes, ●●○
 #
 # Liu et al. (2024) split every row of a weight into its length, the *magnitude*, and its *direction*. LoRA then updates the
 # direction, and the magnitude is trained by itself:
@@ -523,7 +528,7 @@ class DoRALinear(nn.Module):
 check_dora_forward(DoRALinear)
 
 # %% [markdown]
-# ### Merge it  ·  1 point, about 5 minutes
+# ### Merge it  ·  1 point, about 5 minutes, ●○○
 #
 # `merge` writes what the layer computes into `base.weight`, in place, so that others who share the tensor see it too, and sets
 # `merged`. Called again it changes nothing. The factors, the magnitude and the bias stay as they are.
@@ -532,23 +537,40 @@ check_dora_forward(DoRALinear)
 check_dora_merge(DoRALinear)
 
 # %% [markdown]
-# ### Measured: what does the norm cost?
+# From here on the unit measures on SmolLM2-135M. Loading it takes about 15 seconds the first time.
+
+# %% tags=["experiment"]
+from peftlab import settings, tasks
+from peftlab.experiment import fine_tune
+from peftlab.pretrained import load_smollm2
+from peftlab.training import find_device
+
+device = find_device()
+model, tokenizer = load_smollm2()
+reviews, calls = tasks.movie_reviews(tokenizer), tasks.tool_calls(tokenizer)
+
+
+def save_trained(model: nn.Module, path: Path) -> None:
+    """Write what is trained, under its names."""
+    from safetensors.torch import save_file
+
+    save_file({name: parameter.detach().contiguous() for name, parameter in trainable(model).items()}, path)
+
+
+# %% [markdown]
+# ### Measured: what does the norm cost?  ·  optional, about 10 minutes
 #
 # The norm needs $W + s\,BA$, a matrix as large as $W$, in each of 210 layers and in every step. Predict: how much longer do
 # forward and backward take than LoRA's, and which bytes grow?
 
 # %%
-my_slowdown, i_think_larger = None, []  # a factor; of "activations", "temporaries", "optimizer_state"
+my_slowdown = predict("DoRA's time over LoRA's, forward and backward", None)
+my_larger = predict("what grows by a tenth or more: a set of gradients, optimizer_state and activations", None)
 
 # %% tags=["experiment"]
-from peftlab import settings, tasks
 from peftlab.memory import MEBIBYTE, measure_training_step, step_table
-from peftlab.pretrained import load_smollm2
-from peftlab.training import find_device, seconds_of
+from peftlab.training import seconds_of
 
-device = find_device()
-model, tokenizer = load_smollm2()
-reviews, calls = tasks.movie_reviews(tokenizer), tasks.tool_calls(tokenizer)
 input_ids, labels = (tensor.to(device) for tensor in tasks.collate(list(calls.train.select(range(settings.rows(8))))))
 
 LAYERS = {
@@ -565,8 +587,9 @@ for name, make_layer in LAYERS.items():
 print(step_table(measured))
 outputs = sum(layer.base.out_features for layer in model.modules() if isinstance(layer, DoRALinear))
 print(f"one fp32 number for every output of a layer and every token: {4 * outputs * input_ids.numel() / MEBIBYTE:,.1f} MiB")
-print(f"forward and backward: DoRA takes {seconds['DoRA'] / seconds['LoRA']:.2f} times LoRA's time")
-print(f"you said {my_slowdown} times, and that these grow: {i_think_larger}")
+my_slowdown.compare(seconds["DoRA"] / seconds["LoRA"])
+sizes = {kind: [getattr(measured[name], kind) for name in LAYERS] for kind in ("gradients", "optimizer_state", "activations")}
+my_larger.compare({kind for kind, (lora, dora) in sizes.items() if dora >= 1.1 * lora})
 figure = plots.memory_bars(measured, f"One training step of SmolLM2-135M, fp32, {input_ids.numel():,} tokens")
 plots.show(figure, alt="Two stacked bars, LoRA's and DoRA's: the activations of DoRA are larger.")
 
@@ -575,7 +598,7 @@ plots.show(figure, alt="Two stacked bars, LoRA's and DoRA's: the activations of 
 # so they wait for backward. The large matrix itself is there for a moment only, because no gradient flows through the norm. How
 # much longer forward and backward take depends on the machine and on what else it does: read it above.
 #
-# ## 5. Where to put it  ·  1 point, about 10 minutes
+# ## 5. Where to put it  ·  1 point, about 10 minutes, ●○○
 #
 # Hu et al. (2022) adapted the attention's projections alone, and many still do. Schulman et al. (2025) find that LoRA on
 # attention alone does worse, *also with the same number of parameters*, and that the MLP's three layers are what matters.
@@ -624,7 +647,7 @@ for name, targets in {"all seven": ALL_LINEAR, "attention": ALL_LINEAR[:4], "MLP
 # Predict: with its own best learning rate, which of the first two has the lower late loss on `tool_calls`?
 
 # %%
-i_think_best = None  # "all seven" or "attention"
+my_place = predict("the lower late loss on tool_calls: all seven or attention", None)
 
 # %%
 PLACES = {
@@ -632,7 +655,7 @@ PLACES = {
     "attention, rank 21": ("lora", "attention"),
 }
 places = plots.show_sweeps(PLACES, "Where LoRA is, 30 steps", tasks=["tool_calls"])
-print(f"you said {i_think_best}")
+my_place.compare(comparison.lowest(places, "tool_calls").partition(",")[0])
 
 # %% [markdown]
 # *What to see.* With as many numbers in the attention alone, the late loss is higher at every seed. The scores do not show it:
@@ -650,12 +673,13 @@ VARIANTS = {
     "PiSSA": ("lora", "pissa"),
     "DoRA": ("lora", "dora"),
 }
-i_think_lowest = None  # which of the four has the lowest late loss on tool_calls?
+my_lowest = predict("the lowest late loss on tool_calls, one of VARIANTS", None)
 
 # %%
 variants = plots.show_sweeps(VARIANTS, "LoRA and its variants, 30 steps", tasks=["tool_calls"])
-print(f"you said {i_think_lowest}\n\nThe sweeps, seed 0:\n{comparison.sweep_table(variants)}\n\nOne training step, in MiB:")
+print(f"The sweeps, seed 0:\n{comparison.sweep_table(variants)}\n\nOne training step, in MiB:")
 print(comparison.memory_table(variants))
+my_lowest.compare(comparison.lowest(variants, "tool_calls"))
 
 # %% [markdown]
 # *What to see.* LoRA, LoRA+ and DoRA are within a tenth of each other; PiSSA's late loss is a third higher. DoRA is below LoRA
@@ -668,23 +692,12 @@ print(comparison.memory_table(variants))
 # down; the score is that of the model after the last step. Neither is *the* truth. Choose by the one that you decided on before
 # you saw the results, and do not trust an order that turns around when the yardstick changes.
 #
-# ### Your own row
+# ### Your own row  ·  optional, about 5 minutes
 #
 # The next cell trains one of the variants here, 30 steps on `tool_calls`, and prints it beside the row that comes with the
 # course. It takes about two minutes on two CPU cores.
 
 # %% tags=["experiment"]
-from peftlab.experiment import fine_tune
-from peftlab.results import SHIPPED
-
-
-def save_trained(model: nn.Module, path: Path) -> None:
-    """Write what is trained, under its names."""
-    from safetensors.torch import save_file
-
-    save_file({name: parameter.detach().contiguous() for name, parameter in trainable(model).items()}, path)
-
-
 known = comparison.rows("lora", "tool_calls", "pissa")
 torch.manual_seed(0)
 model = inject(load_smollm2()[0], ALL_LINEAR, lambda linear: pissa_layer(linear, rank=8, alpha=16.0))
@@ -764,7 +777,7 @@ for name, (method, variant) in {**RANKS, "full fine-tuning, 60 steps": ("full", 
 # two runs. The last line is the clearest: five points with as many numbers, in other layers. (PiSSA and LoRA+ are not among the
 # published runs.)
 #
-# ## 7. The same thing in peft
+# ## 7. The same thing in peft  ·  optional, about 5 minutes
 #
 # Below, each variant exists twice with the same weights: in peft and as yours. Both start from the same factors (PiSSA's are
 # computed twice, by peft and by your function) and take 20 AdamW steps on the same tokens. Their losses must agree; only
@@ -855,7 +868,7 @@ for name, (make_layer, options) in PAIRS.items():
     assert apart <= 1e-5, f"your {name} and peft's have parted ways: run the checks above again"
 
 # %% [markdown]
-# ### In peft's files
+# ### In peft's files  ·  optional, about 10 minutes
 #
 # peft keeps an adapter in a folder: `adapter_model.safetensors`, and `adapter_config.json` with the settings. Whatever reads
 # such folders (transformers, vLLM, the Hub) can use what you trained, if the names are peft's. The other way round, an adapter
@@ -915,7 +928,7 @@ with torch.no_grad():
 print(f"merged, saved and loaded by transformers: {(logits - expected).abs().max().item():.1e}")
 
 # %% [markdown]
-# ## 8. Bug hunt: the model that does not stop  ·  2 points, about 15 minutes
+# ## 8. Bug hunt: the model that does not stop  ·  2 points, about 15 minutes, ●●○
 #
 # *After trl issue 976 and transformers issue 23530.* A chat is a list of turns. A template writes them as one text, with
 # special tokens around every turn, and a model is trained to continue it. It should learn the *answers*, so the loss counts
@@ -988,13 +1001,13 @@ def answer_labels(
 check_answer_labels(answer_labels)
 
 # %% [markdown]
-# ### What does a wrong mask cost?
+# ### What does a wrong mask cost?  ·  optional, about 10 minutes
 #
 # In `tool_calls` an answer ends with the end token, too. Below, three models take 20 steps each: with the right labels, with
 # labels on every token, and without a label on the end token. Predict their scores. Then measure: about three minutes.
 
 # %%
-my_scores = {"right": None, "every token": None, "no end token": None}  # exact match, in percent
+my_scores = predict("percent right with labels", {"right": None, "every token": None, "no end token": None})
 
 # %% tags=["experiment"]
 END_TOKEN = tokenizer.eos_token_id
@@ -1005,7 +1018,7 @@ MASKS = {
 }
 for mask, labels_of in MASKS.items():
     torch.manual_seed(0)
-    model = inject(load_smollm2()[0], ALL_LINEAR, plain)
+    model = inject(load_smollm2()[0], ALL_LINEAR, lambda linear: LoRALinear(linear, rank=8, alpha=16.0))
     train = calls.train.remove_columns("labels").add_column("labels", [labels_of(row) for row in calls.train])
     masked = replace(calls, train=train)
     fine_tune(
@@ -1018,9 +1031,9 @@ for mask, labels_of in MASKS.items():
 
 # %%
 mask_rows = {row.settings["mask"]: row for row in results.load(UNIT, results.SHIPPED) if "mask" in row.settings}
-for mask, said in my_scores.items():
-    if mask in mask_rows:
-        print(f"{mask:<14}{mask_rows[mask].score_after:>7.1%} right to the last token; you said {said}")
+for mask, row in mask_rows.items():
+    print(f"{mask:<14}{row.score_after:>7.1%} right to the last token")
+my_scores.compare({mask: 100 * row.score_after for mask, row in mask_rows.items()})
 
 # %% [markdown]
 # *What to see.* Without a label on the end token no answer is right to the last token. The score asks for the end token, and

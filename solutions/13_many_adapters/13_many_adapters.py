@@ -47,6 +47,7 @@ from autograder.checks.many_adapters import (
 from peftlab import plots, results, serving
 from peftlab.llama import ALL_LINEAR, PRESETS, Llama, generate
 from peftlab.memory import MEBIBYTE, tensor_bytes
+from peftlab.progress import predict
 
 UNIT = "13_many_adapters"
 
@@ -102,7 +103,7 @@ x = torch.tensor([[[3.0, 4.0]]]).repeat(3, 1, 1)  # three equal rows of one toke
 print(row_by_row(x, A, B, torch.tensor([1, -1, 0])).flatten().tolist())
 
 # %% [markdown]
-# ## 1. Gather the factors  ·  3 points, about 15 minutes
+# ## 1. Gather the factors  ·  3 points, about 15 minutes, ●●○
 #
 # A loop over rows starts two small products a row in each of 210 layers, and the processor spends its time on starting them.
 # Write `gathered_update`, which returns what `row_by_row` returns, and
@@ -146,7 +147,7 @@ def gathered_update(
 check_gathered(gathered_update)
 
 # %% [markdown]
-# ## 2. Work by segments  ·  2 points, about 15 minutes
+# ## 2. Work by segments  ·  2 points, about 15 minutes, ●●○
 #
 # Gathering copies the factors for every row. If 64 rows share two adapters, it makes 32 copies of each. The other way: put rows
 # with the same adapter side by side, and multiply such a *segment* by the factors that are there. Write `segmented_update`,
@@ -213,10 +214,11 @@ for batch, different in ((1, 1), (8, 1), (8, 8), (64, 1), (64, 8), (64, 64)):
 # 64 rows that share 2 adapters, which way is faster? And with 64 rows that have an adapter each?
 
 # %%
-i_think_faster = {"64 rows, 2 adapters": None, "64 rows, 64 adapters": None}  # "gathered" or "segmented"
+# "gathered" or "segmented":
+my_ways = predict("the faster way with 64 rows of", {"2 adapters": None, "64 adapters": None})
 
 # %% [markdown]
-# ## 3. Slots, and a hot swap  ·  3 points, about 20 minutes
+# ## 3. Slots, and a hot swap  ·  3 points, about 20 minutes, ●●○
 #
 # A server cannot stop in order to load an adapter. `BatchedLoRA` is a frozen linear layer with a fixed number of **slots**. Its
 # stacks are allocated once; after that an adapter is only ever *written into* them, and the other slots go on serving. The
@@ -314,7 +316,7 @@ for rank in (8, 4, 1):
     print(f"rank {rank}: {own:>7,} bytes of its own, {slot_bytes:,.0f} in a slot, {1 - own / slot_bytes:.0%} of them padding")
 
 # %% [markdown]
-# ## 4. A bounded cache  ·  2 points, about 15 minutes
+# ## 4. A bounded cache  ·  2 points, about 15 minutes, ●●○
 #
 # A thousand adapters are on disk, and there is room for eight. `AdapterCache` knows which adapter is in which slot. `assign`
 # gets the names that a batch's rows ask for (`None` for none), loads what is missing, and returns a tensor with each row's
@@ -636,6 +638,11 @@ if shipped:
         alt="Tokens a second against the number of adapters in a batch of 64 rows, a line for each way of serving.",
     )
 
+# %%
+speed = {(row.way, row.adapters): row.tokens_per_second for row in shipped if (row.base, row.batch) == ("fp32", 64)}
+faster = {count: max(("gathered", "segmented"), key=lambda way: speed[way, count]) for count in (2, 64) if speed}
+my_ways.compare({f"{count} adapters": way for count, way in faster.items()})
+
 # %% [markdown]
 # *What to see.* The shipped rows were timed with one thread on a machine that was busy with other work. So compare the ways
 # within a line: all of them were slowed alike. A difference of a tenth says nothing.
@@ -690,7 +697,7 @@ for update, adapters in (
 # this price: up to half of the throughput in issue 10062.
 
 # %% [markdown]
-# ## 6. One adapter out of several  ·  2 points, about 15 minutes
+# ## 6. One adapter out of several  ·  2 points, about 15 minutes, ●●○
 #
 # Sometimes one adapter should do the work of several. What adds up are the *products*: $\sum_i w_i B_i A_i$. Stacked side by
 # side, the factors hold that sum exactly, and the ranks add up. To get back to a given rank, cut off the smallest singular
@@ -762,7 +769,7 @@ print(ties([torch.tensor([3.0, -2.0, 0.1]), torch.tensor([1.0, 4.0, 0.2])], [1.0
 # score will suffer most?
 
 # %%
-i_think_worst = None  # "concatenated", "svd", "mean of factors", "ties"
+my_worst = predict("the way that loses most calls: concatenated, svd, mean of factors or ties", None)
 
 
 # %% tags=["experiment"]
@@ -839,6 +846,8 @@ print(f"{'':<18}{'rank':>5}{'reviews':>9}{'calls':>8}{'away from the sum':>20}")
 for row in combined_rows:
     scores = "".join(f"{row.scores[task]:>{width}.0%}" for task, width in (("reviews", 9), ("calls", 8)))
     print(f"{row.way:<18}{row.rank:>5}{scores}{row.distance:>20.0%}")
+kept = {row.way.partition(",")[0]: row.scores["calls"] for row in combined_rows if not row.way.endswith("alone")}
+my_worst.compare(min(kept, key=kept.get) if kept else None)
 
 # %% [markdown]
 # *What to see.* With 64 reviews and 32 calls, one standard error is about five points on the reviews and seven on the calls. So
@@ -994,7 +1003,7 @@ for theirs_row in (row for row in beside_peft if row.way == "peft"):
 # four fifths with 64. Neither of the two is ahead of the other everywhere.
 
 # %% [markdown]
-# ## 8. Bug hunt  ·  1 point, about 8 minutes
+# ## 8. Bug hunt  ·  1 point, about 8 minutes, ●○○
 #
 # *After vLLM issues 3264 and 30931.* Many requests begin with the same words. A server keeps the keys and values of such a
 # prompt for the next request. Someone turns adapters on, and from then on some answers are a mixture of two tasks. The code

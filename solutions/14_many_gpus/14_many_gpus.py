@@ -68,6 +68,7 @@ from peftlab.distributed import RankError, Traffic, all_gather, all_reduce, byte
 from peftlab.llama import ALL_LINEAR, IGNORE, PRESETS, Llama, set_gradient_checkpointing
 from peftlab.memory import tensor_bytes
 from peftlab.pretrained import load_smollm2
+from peftlab.progress import predict
 from peftlab.simulate import RANK_BYTES, RECIPES, RankBytes, Recipe, next_token_loss, simulate_sharded_step
 
 UNIT = "14_many_gpus"
@@ -174,7 +175,7 @@ plots.show(
 # has one of the sums, after an all-reduce it has all of them.
 
 # %% [markdown]
-# ## 1. What a step sends  ·  2 points, about 10 minutes
+# ## 1. What a step sends  ·  2 points, about 10 minutes, ●●○
 #
 # Before you choose how to spread a model, count what each rank has to send.
 #
@@ -195,7 +196,7 @@ plots.show(
 # times as many bytes does a rank send under ZeRO-3 as under data parallel?
 
 # %%
-my_prediction = None  # a number: ZeRO-3's bytes as a multiple of data parallel's
+my_times = predict("times data parallel's bytes that ZeRO-3 sends, LoRA", None)
 
 # %% [markdown]
 # Write `sent_in_step`, which returns the bytes that *each* rank sends in one training step:
@@ -273,7 +274,7 @@ for method, (frozen, trained) in METHODS.items():
 # %%
 frozen, trained = METHODS["LoRA"]
 times = sent_in_step(frozen, trained, 8, "ZeRO-3") / sent_in_step(frozen, trained, 8, "data parallel")
-print(f"LoRA: ZeRO-3 sends {times:.1f} times what data parallel sends; you said {my_prediction}")
+my_times.compare(times)
 
 # %% [markdown]
 # *What to see.* ZeRO-1 and ZeRO-2 send exactly what data parallel sends, in every row: an all-reduce *is* a reduce-scatter and
@@ -284,7 +285,7 @@ print(f"LoRA: ZeRO-3 sends {times:.1f} times what data parallel sends; you said 
 # rank unpacks them itself.
 
 # %% [markdown]
-# ## 2. What a rank holds  ·  2 points, about 10 minutes
+# ## 2. What a rank holds  ·  2 points, about 10 minutes, ●○○
 #
 # Sharding is worth its bytes only if the ranks' memory shrinks by enough.
 #
@@ -375,7 +376,7 @@ for method, (frozen, trained) in METHODS.items():
 # because they add nothing to what is sent. ZeRO-3 is for a base that is too large even so.
 
 # %% [markdown]
-# ## 3. A linear layer in shards  ·  3 points, about 25 minutes
+# ## 3. A linear layer in shards  ·  3 points, about 25 minutes, ●●●
 #
 # FSDP, PyTorch's ZeRO-3, puts each layer together just before it computes, and drops it right afterwards. Here you build that
 # for one linear layer. Its three lines are in the table at the top. Two things in them surprise many readers:
@@ -525,7 +526,7 @@ for trained in (True, False):
 # *What to see.* A trained layer sends three times what one all-gather sends, and a frozen one twice.
 
 # %% [markdown]
-# ## 4. The engine  ·  2 points, about 15 minutes
+# ## 4. The engine  ·  2 points, about 15 minutes, ●●○
 #
 # PyTorch's FSDP2 does for every layer what yours does, and more: it gathers all weights of a *group* in one message, and frees
 # them together. `fully_shard(module, ...)` turns a module into such a group. A group takes the parameters that lie in the
@@ -643,7 +644,7 @@ print(f"half of the model's own group: {head_and_embedding / 2:,.0f}")
 # gradients' bytes.)
 
 # %% [markdown]
-# ## 5. A step of several micro-batches  ·  2 points, about 20 minutes
+# ## 5. A step of several micro-batches  ·  2 points, about 20 minutes, ●●●
 #
 # A rank without room for its rows takes them in micro-batches, and adds up gradients before the optimizer steps. Two things go
 # wrong in practice. FSDP reduces the gradients after *every* backward, although the sum is wanted once. And rows have different
@@ -885,7 +886,7 @@ for world_size in (2, 3):
 # **Predict**: how many GB does each of two cards take at the peak, with QLoRA?
 
 # %%
-my_peak = None  # a number, in GB
+my_peak = predict("GB at the peak of each of two cards", None)
 
 # %% tags=["experiment"]
 LARGE, TOKENS = "Llama-2-70B", 512
@@ -919,7 +920,7 @@ for row in rank_rows:
     print(f"{row.method:<15}{row.world_size:>5}{line}{'  fits 24 GiB' if row.peak <= CARD else ''}")
 for row in rank_rows:
     if (row.method, row.world_size) == ("QLoRA", 2):
-        print(f"two cards with QLoRA: {row.peak / GB:.1f} GB each at the peak; you said {my_peak}")
+        my_peak.compare(row.peak / GB)
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
@@ -949,7 +950,7 @@ plots.show(
 # counted. The last column: QLoRA on two ranks sends half of its base, twice in a step.
 
 # %% [markdown]
-# ## 7. Save what was trained  ·  2 points, about 15 minutes
+# ## 7. Save what was trained  ·  2 points, about 15 minutes, ●●○
 #
 # A file that a rank writes from its memory would hold a part of the adapter. `parameter.full_tensor()` gathers a `DTensor`
 # whole.
@@ -1200,7 +1201,7 @@ with_lora(model).load_state_dict(load_file(SHARDED / "adapter.safetensors"), str
 print(f"loss on the test rows: {before:.3f} before, {tasks.mean_loss(model, test):.3f} with the adapter")
 
 # %% [markdown]
-# ## 9. Bug hunt: four ranks, one epoch  ·  2 points, about 10 minutes
+# ## 9. Bug hunt: four ranks, one epoch  ·  2 points, about 10 minutes, ●●○
 #
 # *After PyTorch issues 31771 and 38174, and NVlabs/LongLive issue 71.* Each rank has to read its own rows, or the ranks compute
 # the same thing several times. Someone writes a function that gives a rank the numbers of its rows in an epoch:

@@ -47,6 +47,7 @@ from peftlab import plots, settings
 from peftlab.dynamic_code import dynamic_code, nearest_code
 from peftlab.llama import PRESETS, Llama, causal_loss
 from peftlab.memory import MEBIBYTE, measure_training_step, step_table, tensor_bytes
+from peftlab.progress import predict
 
 # %% [markdown]
 # ## The idea
@@ -103,11 +104,11 @@ for decade in range(7):
 # bits too large or too small? Sections 3 and 4 measure both.
 
 # %%
-my_bytes = None  # of state a parameter: a number
-my_factor = None  # v kept in eight bits over v kept in fp32: a ratio
+my_bytes = predict("bytes of state a parameter", None)
+my_factor = predict("v kept in eight bits over v kept in fp32, after 1,500 steps", None)
 
 # %% [markdown]
-# ## 1. Numbers as codes  ·  2 points, about 10 minutes
+# ## 1. Numbers as codes  ·  2 points, about 10 minutes, ●●○
 #
 # An optimizer reads and writes its moments in every step, so both ways have to be exact about shapes and blocks. Write two
 # functions.
@@ -158,7 +159,7 @@ def from_8bit(codes: UInt8[Tensor, "..."], absmax: Float[Tensor, "blocks"], sign
 check_to_8bit(to_8bit, from_8bit)
 
 # %% [markdown]
-# ## 2. AdamW on codes  ·  3 points, about 20 minutes
+# ## 2. AdamW on codes  ·  3 points, about 20 minutes, ●●●
 #
 # Quantize too early, and the step is taken with rounded numbers. Write `update`, which takes one step for one parameter:
 #
@@ -320,7 +321,7 @@ count = sum(parameter.numel() for parameter in small.parameters())
 print(step_table(steps))
 for name, step in steps.items():
     print(f"{name:<17} {step.optimizer_state / count:.3f} bytes of state a parameter")
-print(f"you said {my_bytes}")
+my_bytes.compare(steps["yours"].optimizer_state / count)
 
 # %% tags=["experiment"]
 plots.show(
@@ -341,7 +342,7 @@ plots.show(
 # against out-of-memory errors at the longest batches. The class is `PagedAdamW8bit`. It pages only tensors of 100,000 numbers
 # and more, and on a CPU nothing.
 #
-# ## 4. What a step cannot move  ·  2 points, about 15 minutes
+# ## 4. What a step cannot move  ·  2 points, about 15 minutes, ●●○
 #
 # A step changes $v$ a little, and then $v$ is rounded to the nearest value. If the change is smaller than half the gap to the
 # next value, rounding undoes it. The next step starts from the same number, so nothing adds up. Which gradients are too weak to
@@ -462,7 +463,7 @@ for step in sorted({min(step, last) for step in (300, 600, 1000, 1500)}):
     )
 ways = {name: -optimizer.param_groups[0]["params"][0].detach()[1].item() for name, optimizer in optimizers.items()}
 print("the way that a parameter has gone:", ", ".join(f"{name} {way:.3f}" for name, way in ways.items()))
-print(f"you said {my_factor}")
+my_factor.compare(traces["yours"][-1] / traces["fp32"][-1])
 figure, axes = plt.subplots(figsize=(7, 3))
 for number, (name, trace) in enumerate(traces.items()):
     axes.plot(trace, label=name, color=plots.SERIES[number], linestyle="--" if name == "bitsandbytes" else "-")
@@ -482,7 +483,7 @@ plots.show(figure, alt="In fp32 the second moment sinks; in eight bits, yours an
 # How much harm is that? In fp32, too, $v$ forgets slowly: after $n$ steps without gradients $0.999^n$ of it is left, which is
 # 37% after 1,000 steps. A run of a hundred steps hardly sees the difference. A long one whose gradients shrink does.
 #
-# ## 5. Round at random  ·  2 points, about 10 minutes
+# ## 5. Round at random  ·  2 points, about 10 minutes, ●○○
 #
 # A change that is always rounded away is lost. If it is rounded away only *most* of the time, and once in a while counts as a
 # whole gap, then it is right on average. Write `random_code(x, code, noise)`:
@@ -679,7 +680,7 @@ assert apart["bitsandbytes"] <= apart["fp32"] / 10, "your optimizer and the libr
 # One difference is a policy. Embeddings trained in full are less stable in eight bits (Dettmers et al. 2022, section 2.3), and
 # bitsandbytes lets you keep their moments in 32.
 #
-# ## 8. Bug hunt  ·  2 points, about 15 minutes
+# ## 8. Bug hunt  ·  2 points, about 15 minutes, ●●○
 #
 # *After PyTorch issue 43706 and torchao issue 3314.* A run is saved after ten steps and goes on later. Nothing fails, but it is
 # not the run that it would have been. Here are twenty steps in one go, and twenty with a pause, with parameters in bf16 and in

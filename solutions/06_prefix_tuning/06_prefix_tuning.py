@@ -662,6 +662,7 @@ for name, kind in {
     set_gradient_checkpointing(model, "checkpointing" in name)
     measured[name] = measure_training_step(model, lambda: causal_loss(model, input_ids, labels))
 
+# %% tags=["experiment"]
 print(step_table(measured))
 whole, visible = measured["full fine-tuning"], {}
 for name in ("prefix", "prefix with an MLP"):

@@ -287,6 +287,8 @@ def made_up(method: str, scores: Sequence[float]) -> list[Row]:
 
 
 print(compare(made_up("lora", [0.90, 0.80]), made_up("bitfit", [0.85, 0.77]), test_rows=1000))
+
+# %%
 verdicts = {}
 for task in STANDARD:
     for method in METHODS[1:]:

@@ -185,6 +185,7 @@ def first_step(rank: int, alpha: float) -> tuple[float, float]:
     return (loss - (after - target).square().mean()).item(), (after - before).square().mean().sqrt().item()
 
 
+# %%
 print(f"{'':>6}{'alpha / r':>22}{'alpha / sqrt(r)':>24}\n{'rank':>6}" + 2 * f"{'loss falls':>12}{'output':>10}")
 steps = {}
 for rank in (1, 4, 16, 64, 256):

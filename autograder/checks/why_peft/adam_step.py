@@ -49,13 +49,13 @@ def drive_adam(adam_step, weight, gradient, exp_avg, exp_avg_sq, step, learning_
     fell = adam_step(half, half * 1e-3, half * 0, half * 0, 1, 1e-3)[0]
     stayed = adam_step(brain, brain * 1e-3, brain * 0, brain * 0, 1, 1e-3)[0]
     return {
-        "the first moment": new_exp_avg,
-        "the second moment": new_exp_avg_sq,
-        "the weight": new_weight,
-        "the given tensors are unchanged": unchanged,
         "the dtype after a step in fp16": str(fell.dtype),
-        "a weight of 1 in fp16 after a gradient of 0.001 is -inf": bool(torch.isneginf(fell).item()),
-        "a weight of 1 in bf16 after a step of 0.001 is still 1": bool((stayed == 1).item()),
+        "a weight of 1 in fp16, after one step with a gradient of 0.001 and a learning rate of 0.001,": f"{fell.item():.6g}",
+        "a weight of 1 in bf16, after the same step,": f"{stayed.item():.6g}",
+        f"the first moment, of {weight.dtype},": new_exp_avg,
+        f"the second moment, of {weight.dtype},": new_exp_avg_sq,
+        f"the weight, of {weight.dtype},": new_weight,
+        "the given tensors are unchanged": unchanged,
     }
 
 
@@ -64,15 +64,16 @@ def adam_tolerance(case: dict) -> dict[str, float]:
 
     The quotient is at most max|m| / sqrt(min v), and each moment is divided by its bias correction before.
     """
-    eps = torch.finfo(case["weight"].dtype).eps
+    dtype = case["weight"].dtype
+    eps = torch.finfo(dtype).eps
     first = case["exp_avg"].abs().max().item() + case["gradient"].abs().max().item()
     second = case["exp_avg_sq"].max().item() + case["gradient"].abs().max().item() ** 2
     smallest = case["exp_avg_sq"].min().item() * 0.99
     quotient = case["learning_rate"] * first / (1 - 0.9 ** case["step"]) / smallest**0.5
     return {
-        "the first moment": 4 * eps * first,
-        "the second moment": 4 * eps * second,
-        "the weight": 16 * eps * (quotient + case["weight"].abs().max().item()),
+        f"the first moment, of {dtype},": 4 * eps * first,
+        f"the second moment, of {dtype},": 4 * eps * second,
+        f"the weight, of {dtype},": 16 * eps * (quotient + case["weight"].abs().max().item()),
     }
 
 

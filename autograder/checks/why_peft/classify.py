@@ -33,6 +33,7 @@ def evidence_case(generator: torch.Generator, layers: int = 2) -> dict:
         ["adapters", base, adapters, [*base, *adapters]],
         ["prompt tuning", base, ["soft_prompt"], [*base, "soft_prompt"]],
         ["prefix tuning", base, prefix, [*base, *prefix]],
+        ["prefix tuning through an MLP, which is thrown away", base, ["mlp.up", "mlp.down"], [*base, *prefix]],
         ["LoRA with trained norms, merged", base, [*factors, "norm.weight"], base],
         ["prompt tuning with a trained norm", base, ["soft_prompt", "norm.weight"], [*base, "soft_prompt"]],
     ]
@@ -75,6 +76,9 @@ check_classify = Exercise(
             'return "additive"': 'return "reparameterization"',
         },
         "the names are compared with what is deployed, not with the base": {"trained <= base": "trained <= deployed"},
+        "a method is called a reparameterization if what it trained is gone: look for any new tensor in what is deployed": {
+            "deployed == base": "not (trained - base) & deployed"
+        },
         "only names that differ from the base's are looked at: LoRA's norms are trained too, and it stays a reparameterization": {
             "deployed == base": "deployed == base and not trained & base"
         },

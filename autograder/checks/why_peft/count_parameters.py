@@ -42,8 +42,9 @@ def drive_count(count_parameters, **sizes):
     """Count for one config."""
     from peftlab.llama import LlamaConfig
 
-    count = count_parameters(LlamaConfig(**sizes))
-    return {"the type of what it returns": type(count).__name__, "the number of parameters": count}
+    config = LlamaConfig(**sizes)
+    count = count_parameters(config)
+    return {"the type of what it returns": type(count).__name__, f"the number of parameters of {config}": count}
 
 
 _ATTENTION = "hidden * hidden + hidden * key_value + hidden * key_value + hidden * hidden"

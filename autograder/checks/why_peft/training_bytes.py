@@ -31,9 +31,10 @@ def drive_bytes(training_bytes, parameters, adapted, trained):
     seen = {}
     for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision", "LoRA", "QLoRA"):
         answer = training_bytes(parameters, adapted, trained, recipe)
-        seen[f"the names of the categories with {recipe!r}"] = sorted(answer)
+        called = f"training_bytes({parameters}, {adapted}, {trained}, {recipe!r})"
+        seen[f"the names in {called}"] = sorted(answer)
         for category, size in answer.items():
-            seen[f"bytes of {category} with {recipe!r}"] = float(size)
+            seen[f"the bytes of {category} in {called}"] = float(size)
     for label, arguments in (
         ("an unknown recipe", (parameters, adapted, trained, "fp12")),
         ("a negative number of parameters", (-parameters, adapted, trained, "fp16")),
@@ -56,7 +57,7 @@ check_training_bytes = Exercise(
     driver=drive_bytes,
     # A sum of a few terms in fp64; a byte is far more than its rounding.
     tolerance=lambda case: {
-        f"bytes of {category} with {recipe!r}": 1.0
+        f"the bytes of {category} in training_bytes({case['parameters']}, {case['adapted']}, {case['trained']}, {recipe!r})": 1.0
         for category in ("weights", "gradients", "optimizer state")
         for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision", "LoRA", "QLoRA")
     },

@@ -409,6 +409,7 @@ def show_front(task: str, cost: Callable[[str, str], float], xlabel: str) -> set
     return set(front)
 
 
+# %%
 def peak(*key: str) -> float:
     """Return the peak of a step, in MiB, for a task and a method."""
     return table[key].row.memory.peak / MEBIBYTE

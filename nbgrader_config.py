@@ -33,6 +33,9 @@ c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", "*.py"
 c.ClearSolutions.code_stub = {"python": "raise NotImplementedError()"}
 c.ClearSolutions.text_stub = "*Your answer.*"
 
+# The Validate button: a kernel's last message on a cell may be late on a busy machine, or lost. That is no reason to stop.
+c.Execute.iopub_timeout, c.Execute.raise_on_iopub_timeout = 20, False
+
 # Student code runs in a sandbox, graded cells outside it; what came back is put in the released notebook's frame first.
 c.Autograde.sanitize_preprocessors = [Repair, ClearOutput, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]
 c.Autograde.autograde_preprocessors = [

@@ -39,12 +39,13 @@ def units() -> list[str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A code cell of a master.
+    """A cell of a master.
 
     Attributes:
         metadata: with "nbgrader" and "tags" where the cell has them, as in a notebook.
-        source: its code.
-        line: of the master on which the code begins, counted from 1.
+        source: its code, or its prose without the comment signs.
+        line: of the master on which the source begins, counted from 1.
+        cell_type: "code" or "markdown".
     """
 
     metadata: dict
@@ -54,17 +55,29 @@ class Cell:
 
 
 @cache
-def code_cells(unit: str) -> tuple[Cell, ...]:
-    """Return the code cells of the unit's master, which is a script in jupytext's percent format."""
+def cells_of(unit: str) -> tuple[Cell, ...]:
+    """Return the cells of the unit's master, which is a script in jupytext's percent format.
+
+    jupytext takes fifty times as long.
+    """
     text = master_path(unit).read_text(encoding="utf-8")
-    cells = []
-    for head in re.finditer(r"^# %%(?! \[markdown\])(.*)\n", text, re.MULTILINE):
+    found = []
+    for head in re.finditer(r"^# %%(?P<prose> \[markdown\])?(?P<marks>.*)\n", text, re.MULTILINE):
         following = re.compile(r"^# %%", re.MULTILINE).search(text, head.end())
         body = text[head.end() : following.start() if following else None]
-        metadata = {key: json.loads(value) for key, value in re.findall(r"(nbgrader|tags)=(\{.*?\}|\[.*?\])", head[1])}
-        blank = len(body) - len(body.lstrip("\n"))
-        cells.append(Cell(metadata, body.strip("\n"), text[: head.end() + blank].count("\n") + 1))
-    return tuple(cells)
+        marks = re.findall(r"(nbgrader|tags)=(\{.*?\}|\[.*?\])", head["marks"])
+        metadata = {key: json.loads(value) for key, value in marks}
+        line = text[: head.end() + len(body) - len(body.lstrip("\n"))].count("\n") + 1
+        source, kind = body.strip("\n"), "code"
+        if head["prose"]:
+            source, kind = re.sub(r"^# ?", "", source, flags=re.MULTILINE), "markdown"
+        found.append(Cell(metadata, source, line, kind))
+    return tuple(found)
+
+
+def code_cells(unit: str) -> tuple[Cell, ...]:
+    """Return the code cells of the unit's master."""
+    return tuple(cell for cell in cells_of(unit) if cell.cell_type == "code")
 
 
 def solution_cells(cells: "tuple[Cell, ...] | list[NotebookNode]") -> "list[Cell | NotebookNode]":

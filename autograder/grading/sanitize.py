@@ -16,7 +16,7 @@ from nbgrader.api import Gradebook
 from nbgrader.api import Notebook as SourceNotebook
 from nbgrader.preprocessors import ClearHiddenTests, NbGraderPreprocessor
 
-from autograder.checking.masters import experiments, grade_ids, units
+from autograder.checking.masters import cells_of, experiments, grade_ids, units
 from autograder.grading.intake import UnusableError, plain_cell
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -35,7 +35,7 @@ class Repair(NbGraderPreprocessor):
         unit = names["assignment"]
         released = released_of(names["db_url"], unit, names["notebook"])
         cells = [plain_cell(cell) for cell in nb.cells]
-        nb.cells, repairs = repaired(cells, released, _experiments(unit), _prompts(unit), _given())
+        nb.cells, repairs = repaired(cells, released, _experiments(unit), _prompts(unit), _given(unit))
         nb.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}, "repairs": repairs})
         nb.nbformat, nb.nbformat_minor = 4, 5
         return nb, resources
@@ -63,12 +63,13 @@ def _experiments(unit: str) -> frozenset[str]:
 
 
 @cache
-def _given() -> frozenset[str]:
+def _given(unit: str) -> frozenset[str]:
     """Return the words of each cell that a unit gives and that nbgrader does not record: its prose, its demonstrations.
 
     Of all units: a later one may give what an earlier one asks for, and who hands in the wrong notebook has not written it.
     """
-    return frozenset(_words(cell.source) for unit in units() for cell in _master(unit) if _grade_id(cell) is None)
+    every = [*_master(unit), *(cell for other in units() if other != unit for cell in cells_of(other))]
+    return frozenset(_words(cell.source) for cell in every if _grade_id(cell) is None)
 
 
 def _prompts(unit: str) -> dict[str, tuple[str, str]]:

@@ -58,6 +58,7 @@ def course(tmp_path_factory):
     root, home = tmp_path_factory.mktemp("course"), tmp_path_factory.mktemp("home")
     (root / UNIT).mkdir()
     shutil.copy(ROOT / "course" / UNIT / f"{UNIT}.ipynb", root / UNIT)
+    shutil.copy(ROOT / "nbgrader_config.py", root)  # `make lab` starts JupyterLab where it lies
     with jupyterlab(root, home) as address:
         yield address
 

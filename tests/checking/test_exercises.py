@@ -3,7 +3,7 @@
 import builtins
 import os
 import symtable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -16,8 +16,19 @@ from autograder.checking.masters import exercises_of, load_reference, units
 from every_exercise import EXERCISES, UNIT_OF
 from symbols import global_names
 
-MISTAKES = [(name, sentence) for name, exercise in EXERCISES.items() for sentence in exercise.mistakes]
-VARIANTS = [(name, variant) for name, exercise in EXERCISES.items() for variant in exercise.variants]
+
+def each(values: Callable[[Exercise], Iterable] = lambda exercise: ()) -> list:
+    """Return every exercise's name with each of its values, to parametrize by; `pytest -n` keeps an exercise in one process."""
+    return [
+        pytest.param(name, *parts, marks=pytest.mark.xdist_group(name))
+        for name, exercise in EXERCISES.items()
+        for parts in [(value,) for value in values(exercise)] or [()]
+    ]
+
+
+NONSENSE = [None, 42, lambda *a, **k: None, lambda *a, **k: float("nan"), torch.nn.Identity]
+MISTAKES = each(lambda exercise: exercise.mistakes)
+VARIANTS = each(lambda exercise: exercise.variants)
 
 
 def seeds(wanted: int, at_least: int = 1) -> Iterator[int]:
@@ -73,13 +84,13 @@ def once(monkeypatch):
         monkeypatch.setattr(Exercise, name, replacement)
 
 
-@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize("name", each())
 def test_enough_mistakes_and_variants(name):
     assert len(EXERCISES[name].mistakes) >= 8
     assert len(EXERCISES[name].variants) >= 3
 
 
-@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize("name", each())
 def test_the_spec_passes(name, capsys):
     exercise = EXERCISES[name]
     for seed in seeds(200, at_least=2):
@@ -126,7 +137,7 @@ def test_answers_use_only_names_that_the_notebook_has(unit):
             assert not unknown, name
 
 
-@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize("name", each())
 def test_an_unwritten_answer_is_told_so(name):
     exercise = EXERCISES[name]
 
@@ -142,8 +153,7 @@ def test_an_unwritten_answer_is_told_so(name):
         exercise(*answers)
 
 
-@pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize("nonsense", [None, 42, lambda *a, **k: None, lambda *a, **k: float("nan"), torch.nn.Identity])
+@pytest.mark.parametrize(("name", "nonsense"), each(lambda exercise: NONSENSE))
 def test_nonsense_fails_with_a_message(name, nonsense, once):
     exercise = EXERCISES[name]
     with pytest.raises(CheckFailedError) as caught:

@@ -53,8 +53,8 @@ UNIT = "02_rank_decomposition"
 # ## The idea
 #
 # A column times a row is a whole matrix, and the simplest there is: all its rows are multiples of one row. It has **rank** 1. A
-# sum of $r$ such products has at most rank $r$, and with the columns put side by side as $B$ and the rows on top of each other
-# as $A$, the sum is one product:
+# sum of $r$ such products has at most rank $r$. Put the columns side by side as $B$ and the rows on top of each other as $A$,
+# and the sum is one product:
 #
 # $$ \sum_{k=1}^{r} b_k\, a_k^\top = B A, \qquad B \in \mathbb{R}^{\text{out} \times r}, \quad A \in \mathbb{R}^{r \times \text{in}} $$
 #
@@ -452,8 +452,8 @@ for start, sizes in {"B zero, A random": (0.3, 0.0), "A zero, B random": (0.0, 0
 # %% [markdown]
 # ## 6. A real update
 #
-# We fine-tuned all weights of SmolLM2-135M on film reviews, 40 steps, twice, with different seeds. (A run sees 640 of the 3,489
-# reviews, and the seed decides which: 124 are seen by both.) The question of this unit: what does the *change* of each weight
+# We fine-tuned all weights of SmolLM2-135M on film reviews, 40 steps, twice, with different seeds. A run sees 640 of the 3,489
+# reviews, and the seed decides which; 124 are seen by both. The question of this unit: what does the *change* of each weight
 # matrix look like, next to the matrix itself?
 #
 # Predict first. SmolLM2's query projections are 576 × 576, and those of noise hold 90% of their energy in 294 ranks.
@@ -851,8 +851,8 @@ assert torch.allclose(layer.base_layer.weight, weight - B @ A, atol=1e-5), "peft
 # %% [markdown]
 # ## 9. Bug hunt  ·  1 point, about 8 minutes, ●○○
 #
-# *After peft issues 1155 and 3004.* Someone has two adapters for one layer, $B_1 A_1$ for one task and $B_2 A_2$ for another,
-# wants $w_1 B_1 A_1 + w_2 B_2 A_2$ as *one* pair of factors, and writes what seems to say just that:
+# *After peft issues 1155 and 3004.* Someone has two adapters for one layer, $B_1 A_1$ for one task and $B_2 A_2$ for another.
+# They want $w_1 B_1 A_1 + w_2 B_2 A_2$ as *one* pair of factors, and write what seems to say just that:
 
 
 # %%

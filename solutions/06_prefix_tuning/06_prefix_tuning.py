@@ -86,7 +86,7 @@ UNIT = "06_prefix_tuning"
 # $$ \operatorname{attention}\left(q,\ [P_K; K],\ [P_V; V]\right) = \operatorname{softmax}\!\left(\tfrac{1}{\sqrt{d}}\, q\, [P_K; K]^\top\right) [P_V; V] $$
 #
 # No token belongs to them, and nothing computes them. They are parameters, and each layer has its own. The first cell has
-# defined what holds them, `Prefix`, and this is all of it:
+# defined `Prefix`, which holds them:
 
 # %%
 print(inspect.getsource(Prefix.forward))
@@ -98,8 +98,7 @@ print(
 )
 
 # %% [markdown]
-# Which query may look at which key? The text stays causal; the prefix lies in front of all of it, so every token sees all of
-# it.
+# Which query may look at which key? The text stays causal, and every token sees the whole prefix in front of it.
 
 # %%
 tokens, seq = 4, 8
@@ -594,7 +593,7 @@ print(f"trained {in_training:,} ({share:.1%} of model and MLP), kept {kept:,}: {
 # ## 5. Measured: which memory does a prefix save?
 #
 # Predict. Full fine-tuning of SmolLM2 holds gradients and two AdamW moments for each of its 134 million weights. Which of these
-# bars will be visible, at 1% or more of full fine-tuning's, for a prefix? And for a prefix with an MLP?
+# bars will a prefix leave visible, at 1% of full fine-tuning's or more? And a prefix with an MLP?
 
 # %%
 # For each a set of "gradients", "optimizer_state" and "activations":

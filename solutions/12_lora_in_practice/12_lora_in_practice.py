@@ -397,9 +397,9 @@ print(f"largest change of the output: {(layer(x) - before).abs().max().item():.1
 # %% [markdown]
 # ### The file that others can use  ·  1 point, about 10 minutes, ●●●
 #
-# There is a catch. PiSSA has changed the base. Its trained factors fit the *rest* of $W$, and nobody else has that. Share them,
-# and whoever adds them to $W$ gets nonsense. But the *change* that was learned, $s\,(BA - B_0 A_0)$, with the factors $A_0$ and
-# $B_0$ of the start, is a product of thin factors as well.
+# There is a catch. PiSSA has changed the base. Its trained factors fit the *rest* of $W$, and nobody else has that. Anyone who
+# adds them to $W$ gets nonsense. But the *change* that was learned, $s\,(BA - B_0 A_0)$, with the factors $A_0$ and $B_0$ of
+# the start, is a product of thin factors as well.
 #
 # Write `pissa_to_lora`. It returns `lora_A` of shape `(2 * rank, in)`, `lora_B` of shape `(out, 2 * rank)` and an `alpha`.
 # Plain LoRA with these, on the weight $W$, must compute what PiSSA computes after training. Plain LoRA divides alpha by *its*

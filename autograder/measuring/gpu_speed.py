@@ -219,8 +219,8 @@ def check_smollm2(machine: Machine) -> Outcome:
     if missing:
         raise SkippedError(f"not installed: {', '.join(missing)}")
     from peftlab import comparison, settings, tasks
-    from peftlab.experiment import fine_tune
     from peftlab.pretrained import load_smollm2
+    from peftlab.training import fine_tune
 
     before = dict(os.environ)
     found = {}

@@ -32,12 +32,11 @@ from torch import nn
 from autograder.checking.masters import load_reference, units
 from peftlab import results, tasks
 from peftlab.comparison import UNIT, chosen_rate, late_losses, rows, summary, twin_table
-from peftlab.experiment import fine_tune
 from peftlab.llama import ALL_LINEAR, Llama
 from peftlab.pretrained import load_smollm2
 from peftlab.results import Row
 from peftlab.tasks import Task
-from peftlab.training import trainable
+from peftlab.training import fine_tune, trainable
 
 LADDER = tuple(round(digit * 10.0**power, 9) for power in range(-6, 1) for digit in (1, 3))
 """The learning rates that are tried: 1e-6, 3e-6, 1e-5 and so on, up to 3."""

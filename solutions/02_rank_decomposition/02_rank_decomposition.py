@@ -472,9 +472,8 @@ measure_here = spectra.measure_here()  # or True
 from safetensors.torch import save_model
 
 from peftlab import tasks
-from peftlab.experiment import fine_tune
 from peftlab.pretrained import load_smollm2
-from peftlab.training import find_device
+from peftlab.training import find_device, fine_tune
 
 
 def fine_tuned(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -678,7 +678,7 @@ my_shares.compare(four_layers)
 my_end = predict("the end, last or first, that is", {"better": None, "faster": None})
 
 # %% tags=["experiment"]
-from peftlab.experiment import fine_tune
+from peftlab.training import fine_tune
 
 rows = {}
 swept = {

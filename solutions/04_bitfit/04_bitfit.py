@@ -526,7 +526,7 @@ for example in reviews.test.select(range(3)):
 # on an H200.
 
 # %% tags=["experiment"]
-from peftlab.experiment import fine_tune
+from peftlab.training import fine_tune
 
 known = {variant: comparison.rows("bitfit", "movie_reviews", variant) for variant in ("", "norm_gains")}
 rates = {variant: comparison.chosen_rate(rows) if rows else 3e-3 for variant, rows in known.items()}

@@ -830,7 +830,7 @@ for task in comparison.TASKS:
 # trains it, scores it again and writes a results row. About a minute and a half on two CPU cores, ten seconds on an H200.
 
 # %% tags=["experiment"]
-from peftlab.experiment import fine_tune
+from peftlab.training import fine_tune
 
 known = shipped.get(("movie_reviews", "prompt, text"))
 learning_rate = comparison.chosen_rate(known) if known else 0.1

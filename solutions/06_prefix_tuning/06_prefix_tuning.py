@@ -911,7 +911,7 @@ my_first_loss = predict("nats per label at the first step", None)
 # %% tags=["experiment"]
 from safetensors.torch import save_file
 
-from peftlab.experiment import fine_tune
+from peftlab.training import fine_tune
 
 swept = comparison.rows("prefix_tuning", "movie_reviews")
 learning_rate = comparison.chosen_rate(swept) if swept else 1e-2

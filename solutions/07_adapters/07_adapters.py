@@ -657,7 +657,7 @@ def save_task(model: nn.Module, name: str, path: str | Path) -> None:
 
 # %% tags=["experiment"]
 from peftlab import comparison
-from peftlab.experiment import fine_tune
+from peftlab.training import fine_tune
 
 found = {task: comparison.rows("adapters", task) for task in comparison.TASKS}
 rates = {task: comparison.chosen_rate(rows) for task, rows in found.items() if rows}

@@ -541,7 +541,7 @@ for example in reviews.test.select(range(3)):
 # writes a results row. About two minutes on two CPU cores, fifteen seconds on an H200.
 
 # %% tags=["experiment"]
-from peftlab.experiment import fine_tune
+from peftlab.training import fine_tune
 
 torch.manual_seed(0)  # for the start of lora_A
 model, tokenizer = load_smollm2()

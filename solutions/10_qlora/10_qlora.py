@@ -694,8 +694,7 @@ print(
 # %% tags=["experiment"]
 from safetensors.torch import save_file
 
-from peftlab.experiment import fine_tune
-from peftlab.training import trainable, twenty_steps
+from peftlab.training import fine_tune, trainable, twenty_steps
 
 known = comparison.rows("qlora", "movie_reviews")
 learning_rate = comparison.chosen_rate(known) if known else 3e-4

@@ -542,9 +542,8 @@ check_dora_merge(DoRALinear)
 
 # %% tags=["experiment"]
 from peftlab import settings, tasks
-from peftlab.experiment import fine_tune
 from peftlab.pretrained import load_smollm2
-from peftlab.training import find_device
+from peftlab.training import find_device, fine_tune
 
 device = find_device()
 model, tokenizer = load_smollm2()

@@ -11,7 +11,7 @@
 #
 # | minutes | difficulty | points | before this unit |
 # |---|---|---|---|
-# | 85, and 5 of experiments on two CPU cores | 2 of 5 | 14 | 00_start_here; some PyTorch |
+# | 90, and 5 of experiments on two CPU cores | 2 of 5 | 14 | 00_start_here; some PyTorch |
 #
 # A linear layer multiplies by a large matrix and then, often, adds a short vector, its bias. Ben Zaken et al. (2022) train only
 # these vectors of a BERT, 0.08% of its parameters, and come close to full fine-tuning where there are few examples. They call
@@ -44,6 +44,7 @@ from autograder.checks.bitfit import (
     check_bias_files,
     check_bias_memory,
     check_fold_value_bias,
+    check_gain,
     check_train,
 )
 from peftlab import comparison, plots
@@ -256,7 +257,7 @@ my_trend.compare("the same" if 0.8 < large / small < 1.25 else "larger" if large
 # about as $1 / d$. (Section 7's table divides by the model *with* its biases: 0.115%.)
 
 # %% [markdown]
-# ## 3. What backward needs  ·  4 points, about 25 minutes, ●●●
+# ## 3. What backward needs  ·  4 points, about 30 minutes, ●●●
 #
 # Let $g_t = \partial \mathcal{L} / \partial y_t$ be the gradient of the loss by the layer's output at token $t$, in code
 # `output_gradient`. From $y_t = W x_t + b$ follow three gradients:
@@ -266,23 +267,10 @@ my_trend.compare("the same" if 0.8 < large / small < 1.25 else "larger" if large
 #    \frac{\partial \mathcal{L}}{\partial W} = \sum_t g_t\, x_t^\top $$
 #
 # Only the third contains $x$. That is why training a weight keeps the layer's input in memory from forward to backward, for
-# every token, and why training a bias need not. The function below is right, and goes token by token:
-
-
-# %%
-def gradients_by_definition(
-    weight: Float[Tensor, "out in"], output_gradient: Float[Tensor, "tokens out"]
-) -> tuple[Float[Tensor, "tokens in"], Float[Tensor, "out"]]:
-    """The gradients of x and of the bias, one token at a time."""
-    x_gradient = torch.zeros(len(output_gradient), weight.shape[1])
-    bias_gradient = torch.zeros(len(weight))
-    for token, g in enumerate(output_gradient):
-        x_gradient[token] = weight.T @ g
-        bias_gradient += g
-    return x_gradient, bias_gradient
-
-
-# %% [markdown]
+# every token, and why training a bias need not.
+#
+# ### Adding
+#
 # Write the layer as two functions, without autograd and without loops. `biased_linear` returns the output and a **tuple of what
 # has to be kept** for backward; `biased_linear_backward` gets that tuple and `output_gradient`, and returns the gradients of
 # `x` and of the bias. The weight is frozen and gets none. `x` has one or more axes before the last: `(tokens, in)`, `(batch,
@@ -335,22 +323,76 @@ def biased_linear_backward(
 
 
 # %% [markdown]
-# The first check compares outputs and gradients. *2 points.*
+# The first check compares outputs and gradients. *1 point.*
 
-# %% nbgrader={"grade": true, "grade_id": "check-bias-backward", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+# %% nbgrader={"grade": true, "grade_id": "check-bias-backward", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_bias_backward(biased_linear, biased_linear_backward)
 
 # %% [markdown]
-# The second *measures*: it makes a layer of your two functions, takes a training step, and counts what forward left. *2
-# points.*
+# The second *measures*: it makes a layer of your two functions, takes a training step, and counts what forward left. *1 point.*
 
-# %% nbgrader={"grade": true, "grade_id": "check-bias-memory", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+# %% nbgrader={"grade": true, "grade_id": "check-bias-memory", "locked": true, "points": 1, "schema_version": 3, "solution": false, "task": false}
 check_bias_memory(biased_linear, biased_linear_backward)
+
+# %% [markdown]
+# ### Multiplying
+#
+# The norm gains are as few as the biases, and can be trained alone as well. A norm multiplies each feature $n_i$ of its normed
+# input by a gain $w_i$, so that $y_i = w_i\, n_i$ at every token. This time no formula is given. Write `gained` and
+# `gained_backward` with the same contract:
+#
+# - `gained` returns the output and a tuple of what backward needs, which is as few bytes as possible;
+# - `gained_backward` returns the gradients of the normed input and of the gain;
+# - a gain may be zero in places, nothing that is given changes, and gradients have the dtype of `output_gradient`.
+#
+# An example with two tokens of two features. For normed inputs $[[1, 2], [3, 4]]$, a gain of $[10, 0]$ and an output gradient
+# of ones, the gradient of the normed inputs is $[[10, 0], [10, 0]]$, and that of the gain is $[4, 6]$. The check looks at
+# values and bytes. *2 points.*
+#
+# <details><summary>The gradient of the gain is not [4, 6] in the example</summary>
+#
+# How much does the loss change if $w_1$ grows a little? At each token $y_1$ changes by $n_1$ times that. Every token has a
+# share.
+# </details>
+# <details><summary>The check says that the output is kept, and divided by the gain</summary>
+#
+# A zero in the gain makes a zero in the output, and the input cannot be had back from it.
+# </details>
+
+
+# %% nbgrader={"grade": false, "grade_id": "gained", "locked": false, "schema_version": 3, "solution": true, "task": false}
+def gained(
+    normed: Float[Tensor, "*batch features"], gain: Float[Tensor, "features"]
+) -> tuple[Float[Tensor, "*batch features"], tuple[Tensor, ...]]:
+    """Return every normed vector times the gain, and a tuple of the tensors that backward needs."""
+    ### BEGIN SOLUTION
+    return normed * gain, (normed, gain)
+    ### END SOLUTION
+
+
+def gained_backward(
+    kept: tuple[Tensor, ...], output_gradient: Float[Tensor, "*batch features"]
+) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "features"]]:
+    """Return the gradients of the normed input and of the gain.
+
+    Args:
+        kept: the tuple that `gained` returned.
+        output_gradient: the gradient of the loss by the output.
+    """
+    ### BEGIN SOLUTION
+    normed, gain = kept
+    return output_gradient * gain, (output_gradient * normed).flatten(0, -2).sum(0)
+    ### END SOLUTION
+
+
+# %% nbgrader={"grade": true, "grade_id": "check-gain", "locked": true, "points": 2, "schema_version": 3, "solution": false, "task": false}
+check_gain(gained, gained_backward)
 
 
 # %% [markdown]
-# Does PyTorch do as well by itself? Here is your layer, made into one that autograd can use, beside `nn.Linear` with other
-# things trained. Every number is what forward kept, besides the parameters themselves:
+# Adding is free, and multiplying is not: the gain's gradient contains what was multiplied, for every token. Does PyTorch do as
+# well by itself? Here are your layers, made into ones that autograd can use, beside `nn.Linear` with other things trained.
+# Every number is what forward kept, besides the parameters themselves:
 
 
 # %%
@@ -370,6 +412,21 @@ class BiasedLinear(torch.autograd.Function):
 
 
 # %%
+class Gained(torch.autograd.Function):
+    """Your other two."""
+
+    @staticmethod
+    def forward(ctx, normed: Tensor, gain: Tensor) -> Tensor:
+        output, kept = gained(normed, gain)
+        ctx.save_for_backward(*kept)
+        return output
+
+    @staticmethod
+    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor, ...]:
+        return gained_backward(ctx.saved_tensors, output_gradient)
+
+
+# %%
 from peftlab.memory import tensors_of_step
 
 x = torch.randn(8, 128, 576, requires_grad=True)
@@ -383,10 +440,13 @@ for name, weight_trained, layer_of in (
     optimizer = torch.optim.AdamW([p for p in linear.parameters() if p.requires_grad])
     step = tensors_of_step(lambda: layer_of(linear).sum(), linear.parameters(), optimizer)
     print(f"{name:<36}{sum(tensor.nbytes for tensor in step['saved']):>10,} bytes")
+gain = nn.Parameter(torch.ones(576))
+step = tensors_of_step(lambda: Gained.apply(x, gain).sum(), [gain], torch.optim.AdamW([gain]))
+print(f"{'yours, gain trained':<36}{sum(tensor.nbytes for tensor in step['saved']):>10,} bytes")
 
 # %% [markdown]
 # The first line is $8 \times 128 \times 576$ numbers of four bytes, the input. PyTorch saves it if the weight wants a gradient,
-# and otherwise does not.
+# and otherwise does not. A gain of 576 numbers keeps as much as a weight of 576 × 192.
 
 # %% [markdown]
 # ## 4. Measured: which memory does BitFit save?

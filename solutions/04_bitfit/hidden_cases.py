@@ -21,6 +21,12 @@ def _many_layers(generator: torch.Generator) -> dict:
     return {"x": x, "weight": weight, "bias": bias, "copies": 16, PEAK_ALLOWANCE: 40 * MIB}
 
 
+def _many_gains(generator: torch.Generator) -> dict:
+    """Sixteen gains, one after the other, each with an input of 4 MiB, which a right answer keeps."""
+    gain, normed = (1 + 0.1 * torch.randn(*shape, 32, generator=generator) for shape in ((), (2048,)))
+    return {"normed": normed, "gain": gain, "output_gradient": None, "copies": 16, PEAK_ALLOWANCE: 40 * MIB}
+
+
 CASES = {
     bitfit.check_add_biases: {
         "in single precision": lambda generator: bitfit.add_biases_case(generator, "float32"),
@@ -42,6 +48,12 @@ CASES = {
         "in bfloat16": lambda generator: bitfit.bias_memory_case(generator, 2, 33, dtype=torch.bfloat16),
         "on a single sequence": lambda generator: bitfit.bias_memory_case(generator, 37),
         "by the memory of the whole process, on many layers": _many_layers,
+    },
+    bitfit.check_gain: {
+        "in double precision": lambda generator: bitfit.gain_case(generator, 4, 5, dtype=torch.float64),
+        "in float16, on a single sequence": lambda generator: bitfit.gain_case(generator, 6, dtype=torch.float16),
+        "on an input with four axes": lambda generator: bitfit.gain_case(generator, 2, 3, 4),
+        "by the memory of the whole process, on many layers": _many_gains,
     },
     bitfit.check_bias_files: {
         "with other sizes": bitfit.bias_file_case,

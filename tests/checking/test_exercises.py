@@ -216,6 +216,14 @@ def test_numbers_are_printed_with_the_digits_in_which_they_differ():
     assert "at [2, 1]" in message and "0.33333333333\n" in message and "0.33333333433" in message
 
 
+def test_nan_beside_nan_is_no_difference():
+    """So that a mistake which gives NaN can be known by it."""
+    expected = torch.tensor([1.0, float("nan"), float("inf")])
+    assert _compare(expected, expected.clone(), 0.0, at_most=False) is None
+    for other in ([1.0, 2.0, float("inf")], [1.0, float("nan"), -float("inf")], [float("nan")] * 3):
+        assert _compare(expected, torch.tensor(other), 1e9, at_most=False)
+
+
 def test_a_cell_run_twice_in_between_does_not_matter():
     """Checks take fresh inputs on every call, and leave no state behind."""
     exercise = EXERCISES["check_lora_forward"]

@@ -40,7 +40,7 @@ class Judged:
     def __init__(self, unit: Unit, cells: list[NotebookNode]):
         name = unit.name
         self.cells, self.repairs = sanitize.repaired(
-            cells, unit.frame, sanitize._experiments(name), sanitize._prompts(name), sanitize._given()
+            cells, unit.frame, sanitize._experiments(name), sanitize._prompts(name), sanitize._given(name)
         )
         self.checks, self.written = {}, ""
         self._answers = set().union(*unit.names.values())

@@ -96,7 +96,7 @@ def notebook_of(*cells: dict, **more: object) -> bytes:
 
 def repair(notebook: NotebookNode) -> tuple[dict[str, str], list[str], list[NotebookNode]]:
     cells, repairs = sanitize.repaired(
-        notebook.cells, FRAME, sanitize._experiments(UNIT), sanitize._prompts(UNIT), sanitize._given()
+        notebook.cells, FRAME, sanitize._experiments(UNIT), sanitize._prompts(UNIT), sanitize._given(UNIT)
     )
     by_name = {name: cell.source for cell in cells if (name := cell.metadata.get("nbgrader", {}).get("grade_id"))}
     return by_name, repairs, cells

@@ -1219,11 +1219,19 @@ try:
     gradient_of_prefix(NoCache, True)
 except RuntimeError as error:
     print("frozen to the bottom:", error)
-print("embeddings' output requires a gradient:", gradient_of_prefix(NoCache, True, inputs_require_grad=True))
+arrived = gradient_of_prefix(NoCache, True, inputs_require_grad=True)
+print("embeddings' output requires a gradient: backward goes through without an error")
 
 # %% [markdown]
-# *What to see.* In the second run nothing complains. Backward runs through the frozen layers down to the embeddings,
-# `prefix.keys.grad` stays `None`, and the optimizer passes the prefix over. peft refuses:
+# Does the prefix learn in that last run? Look at what has `arrived` before you open this.
+#
+# <details><summary>Nothing complains. Is it right, then?</summary>
+#
+# Backward runs through the frozen layers down to the embeddings. `prefix.keys.grad` stays `None`, because no layer has used the
+# prefix, and the optimizer passes it over.
+# </details>
+#
+# peft refuses the combination:
 
 # %% tags=["experiment"]
 hub_model = in_both(projection=False)[0].get_base_model()

@@ -411,8 +411,7 @@ def shape_of_prefix(config: LlamaConfig, tokens: int = 16) -> tuple[int, int, in
 # ### Predict, then measure: how many numbers?
 #
 # SmolLM2-135M has 30 layers, 9 query heads that share 3 key-value heads, and heads of 64 features. How many numbers does a
-# prefix of 16 tokens have? And what share of the model's 134,515,008 is that? Write your predictions down before you run the
-# cell after.
+# prefix of 16 tokens have? And what share of the model's 134,515,008 is that?
 
 # %%
 my_numbers = predict("a prefix of 16 tokens for SmolLM2", {"numbers": None, "percent of the model": None})
@@ -600,8 +599,7 @@ print(f"trained {in_training:,} ({share:.1%} of model and MLP), kept {kept:,}: {
 my_visible = predict("bars of at least 1% of full fine-tuning's", {"prefix": None, "prefix with an MLP": None})
 
 # %% [markdown]
-# We take one step of SmolLM2 on a real batch and follow every allocation. Loading the model takes about 15 seconds the first
-# time.
+# We take one step of SmolLM2 on a real batch and follow every allocation.
 
 # %% tags=["experiment"]
 from peftlab import settings, tasks
@@ -1014,9 +1012,9 @@ print(comparison.memory_table(shipped))
 # %% [markdown]
 # ## 8. The same thing in peft
 #
-# Compare what you built with the library. There are two small LLaMAs with the same weights: a `transformers` model with peft's
-# `PrefixTuningConfig`, and our `Llama` with yours. Keys and values are trained directly once, and once through an MLP. Both
-# must give the same logits, and the same losses over 20 AdamW steps.
+# There are two small LLaMAs with the same weights: a `transformers` model with peft's `PrefixTuningConfig`, and our `Llama`
+# with yours. Keys and values are trained directly once, and once through an MLP. Both must give the same logits, and the same
+# losses over 20 AdamW steps.
 
 # %% tags=["experiment"]
 import warnings

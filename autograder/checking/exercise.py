@@ -76,7 +76,7 @@ class Exercise(Judge):
         return True
 
     def way_out(self) -> str:
-        return f"(Stuck? The hints are above. `{self.check_name}.show_answer()`, in a cell of its own, shows a right answer.)"
+        return f"(Stuck? Open the hints; or let `{self.check_name}.show_answer()`, in a cell of its own, show a right answer.)"
 
     def show_answer(self) -> None:
         """Print a right answer: the one that the check compares with."""

@@ -3,6 +3,7 @@
 It is kept in `progress.jsonl` in the results folder (see `peftlab.results`), on this machine only, and no mark depends on it.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -81,7 +82,7 @@ class Prediction:
         times = guess / measured if _positive(guess) and _positive(measured) else None
         right = _alike(guess, measured) if times is None else 0.5 <= times <= 2
         print(f"{what}: {found}; you said {_shown(guess)}, {_verdict(times, right, measured)}")
-        row = Guessed(Path.cwd().name, what, _shown(guess), found, times, right)
+        row = Guessed(_here().name, what, _shown(guess), found, times, right)
         if not settings.short() and (row.unit, row.what) not in {(each.unit, each.what) for each in load(Guessed)}:
             _keep(row)
 
@@ -109,11 +110,10 @@ def load(kind: type[Tried] | type[Guessed]) -> list:
     """Return what was kept by this notebook and by those of the other units beside it; lines that are no rows are left out."""
     rows = []
     for path in _files():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                rows.append(kind(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue
+        with contextlib.suppress(OSError):  # of a file that may not be read
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError):
+                    rows.append(kind(**json.loads(line)))
     return rows
 
 
@@ -124,7 +124,7 @@ def checks(course: Path | None = None) -> dict[str, list[str]]:
         course: the folder of the units; without it, the one above the running notebook's.
     """
     found = {}
-    for path in sorted((course or Path.cwd().parent).glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb")):
+    for path in sorted((course or _here().parent).glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb")):
         try:
             cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
             sources = ["".join(cell["source"]) for cell in cells if cell["metadata"].get("nbgrader", {}).get("grade")]
@@ -192,9 +192,17 @@ def _in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
+def _here() -> Path:
+    """Return the folder in which the notebook runs; the root, if it has been removed meanwhile."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/")
+
+
 def _files() -> list[Path]:
-    own = results_folder() / FILE
-    others = (path for path in sorted(Path.cwd().parent.glob(f"*/results/{FILE}")) if path.resolve() != own.resolve())
+    own = (_here() / results_folder() / FILE).resolve()
+    others = [path for path in sorted(_here().parent.glob(f"*/results/{FILE}")) if path.resolve() != own]
     return [path for path in (*others, own) if path.is_file()]
 
 

@@ -1,6 +1,7 @@
 """What a reader has done is kept, counted and compared; nothing that goes wrong there costs a check or a measurement."""
 
 import json
+import shutil
 
 import pytest
 
@@ -111,6 +112,15 @@ def test_a_folder_that_cannot_be_written_costs_nothing(kept, capsys):
     predict("parameters", 3_000).compare(4_000)
     progress.show()
     assert "No guess yet" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_gone_costs_nothing(kept, capsys):
+    kept.parent.mkdir()
+    shutil.rmtree(kept.parents[1])
+    check_merge(*check_merge.build(""))
+    predict("parameters", 3_000).compare(4_000)
+    progress.show()
+    assert "you said 3,000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("unit", units())

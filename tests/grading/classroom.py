@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -113,3 +114,8 @@ def grade_class(folder: Path, unit: str, students: dict[str, Answers]) -> dict[s
     jobs = [(folder / f"worker{n}", unit, {name: students[name] for name in names[n::2]}) for n in range(2)]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         return {student: mark for marks in pool.map(_grade_some, jobs) for student, mark in marks.items()}
+
+
+def found_below(folder: Path, pattern: str) -> str:
+    """Return the files and folders with such a name, a line each. Other tests leave folders that are too deep for `rglob`."""
+    return subprocess.run(["find", folder, "-name", pattern], capture_output=True, text=True, check=True).stdout

@@ -16,7 +16,7 @@ import pytest
 from attacks import ALL, SOLUTION, UNIT, Attack, hostile_to
 from autograder.grading import grade
 from autograder.sandbox.enclosure import Limits, sandbox_problem
-from classroom import Classroom
+from classroom import Classroom, found_below
 from test_autograde import POINTS
 
 pytestmark = [
@@ -121,7 +121,7 @@ def test_nothing_happened_outside_the_sandbox(graded):
     root = graded.classroom.root
     assert not graded.visitors
     assert not Path("/tmp/pickled").exists() and not Path("/tmp/full").exists()
-    assert not list(root.parent.rglob("planted")) and not (root.parent.parent / "planted").exists()
+    assert not found_below(root.parent, "planted") and not (root.parent.parent / "planted").exists()
     assert nbformat.read(root / "submitted" / "right" / UNIT / f"{UNIT}.ipynb", as_version=4).cells
     assert (root / "submitted" / "symlink" / UNIT / f"{UNIT}.ipynb").is_symlink()
     assert nbformat.reads((root / "target.ipynb").read_text(), as_version=4).cells[0].get("outputs") in (None, [])

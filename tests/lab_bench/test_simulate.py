@@ -19,7 +19,7 @@ from peftlab.memory import measure_training_step
 from peftlab.simulate import RECIPES, Recipe, next_token_loss, simulate_sharded_step, simulate_training_step
 from peftlab.tracker import PeftMemTracker
 
-MODEL = LlamaConfig(1000, 256, 688, 9, 8, 4)
+MODEL = LlamaConfig(1000, 256, 688, 6, 8, 4)
 
 
 def with_lora(model: Llama) -> None:
@@ -48,10 +48,9 @@ def test_fake_equals_real_to_the_byte(prepare, checkpointing, dtype):
     assert fake == real
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("tokens", "checkpointing"), [(16, False), (256, False), (256, True)])
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("tokens", [16, 256])
-def test_two_and_three_layers_tell_what_nine_take(recipe, checkpointing, tokens):
+def test_two_and_three_layers_tell_what_six_take(recipe, checkpointing, tokens):
     settings = {"checkpointing": checkpointing, "sequence_length": tokens}
     assert RECIPES[recipe].measure(MODEL, **settings) == RECIPES[recipe].measure(MODEL, whole_model=True, **settings)
 

@@ -2,7 +2,7 @@
 installs the course.
 
 `autograder.building.build` puts them into every notebook, if pyproject.toml says under [project.urls] where the repository is.
-Without an address a notebook gets neither: it must not install what somebody else may have put at a place that we only guess.
+Without an address a notebook gets none of these: it must not install what somebody else may have put at a place that we guess.
 `python -m autograder.building.hosted` writes the git remote's address there.
 """
 

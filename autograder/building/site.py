@@ -3,8 +3,8 @@
     python -m autograder.building.site [--folder site] [--keep FOLDER]
 
 Runs every master from top to bottom (cut short with `PEFTLAB_SHORT=1`) and writes HTML. With `--keep`, what was run is kept
-in that folder, and a master is run again only if it has changed, or the lab bench or a package's version. It needs the extra
-`site`.
+in that folder, and a master is run again only if it has changed, or the lab bench, its rows, the checks or a package's version.
+It needs the extra `site`.
 """
 
 import argparse
@@ -137,11 +137,14 @@ def execute(unit: str, keep: Path | None = None) -> NotebookNode:
 
 
 def _digest(notebook: NotebookNode) -> str:
-    """Return a digest of all that a run's outputs depend on, but for the machine."""
-    sources = [cell.source for cell in notebook.cells]
-    bench = [path.read_text(encoding="utf-8") for path in sorted((COURSE / "peftlab").rglob("*.py"))]
-    versions = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    return hashlib.sha256(json.dumps([sources, bench, versions, settings.short()]).encode()).hexdigest()[:16]
+    """Return a digest of all that a run's outputs depend on, but for the machine: shipped rows and checks are printed, too."""
+    cells = json.dumps([[cell.source for cell in notebook.cells], settings.short()])
+    digest = hashlib.sha256(cells.encode())
+    for folder in (COURSE / "peftlab", ROOT / "autograder" / "checks", ROOT / "autograder" / "checking"):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+            digest.update(path.read_bytes())
+    digest.update((ROOT / "constraints.txt").read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -319,8 +319,8 @@ for recipe in ("fp16", "8-bit Adam", "bf16, fp32 moments", "mixed precision"):
 # logits at the end remain.
 #
 # The check compares your estimate with a *measurement*, in two parts. What one more layer keeps must agree to the byte. (Each
-# norm also keeps its scale, 4 bytes a token, which is left out here.) What the last norm and the logits keep may differ by 2%,
-# because a few small tensors are measured with them.
+# norm also keeps its scale, 4 bytes a token, which is left out here.) What the last norm and the logits keep may differ by 2%:
+# RoPE's angles, the labels and the last norm's scale are measured with them, and the last token's logits are not needed.
 
 
 # %% nbgrader={"grade": false, "grade_id": "activation-bytes", "locked": false, "schema_version": 3, "solution": true, "task": false}
@@ -476,8 +476,8 @@ plots.show(figure, alt="Six stacked bars; only LoRA's and QLoRA's end left of th
 # %% [markdown]
 # *What to see.* LoRA takes away gradients and optimizer state, nothing else: the blue bar of the weights is as long as before.
 # QLoRA shortens that one. The green of the activations stays in all six; what shrinks it is checkpointing. The black line is
-# the peak, the most that was there at one moment. It can lie left of a bar's end: backward frees activations while it makes
-# gradients, so the two are never there in full at the same time.
+# the peak, the most that was there at one moment. Where it lies left of a bar's end, the parts were never there in full at the
+# same time. (Section 1 of unit 03 draws that, operation by operation.)
 
 # %% [markdown]
 # ### The calculator

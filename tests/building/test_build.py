@@ -19,7 +19,7 @@ from autograder.building.build import (
     write_instructor_notebook,
 )
 from autograder.checking import hidden
-from autograder.checking.masters import code_cells, exercises_of, grade_ids, load_reference, master_path, units
+from autograder.checking.masters import cells_of, code_cells, exercises_of, grade_ids, load_reference, master_path, units
 
 pytestmark = pytest.mark.xdist_group("build")
 
@@ -99,6 +99,8 @@ def test_a_master_survives_being_opened_and_saved_as_a_notebook(unit, tmp_path):
 def test_a_master_is_read_without_jupyter_as_with_it(unit):
     cells = jupytext.read(master_path(unit)).cells
     theirs = [cell for cell in cells if cell.cell_type == "code"]
+    prose = [cell.source for cell in cells_of(unit) if cell.cell_type == "markdown"]
+    assert prose == [cell.source for cell in cells if cell.cell_type == "markdown"]
     ours = code_cells(unit)
     assert [cell.source for cell in ours] == [cell.source for cell in theirs]
     for key in ("nbgrader", "tags"):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from autograder.checking.masters import load_reference
-from autograder.checks.why_peft.activation_bytes import activation_bytes, activations_case
+from autograder.checks.why_peft.activation_bytes import activation_bytes, activations_case, exact_activations
 from autograder.checks.why_peft.count_parameters import count_parameters
 from autograder.checks.why_peft.training_bytes import training_bytes
 from peftlab import calculator
@@ -92,6 +92,17 @@ def test_the_formula_of_activations_is_measured(checkpointing, seed):
     config = LlamaConfig(**case | {"num_hidden_layers": 9})
     measured = simulate_training_step(config, **settings).activations
     assert measured == pytest.approx(activation_bytes(config, **settings), rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_the_formula_of_activations_leaves_out_is_known(checkpointing):
+    case = activations_case(torch.Generator().manual_seed(0), checkpointing)
+    hidden, vocab, rows, tokens = (case[name] for name in ("hidden_size", "vocab_size", "batch_size", "sequence_length"))
+    formula = rows * tokens * ((4 + 2 + 2) * hidden + 4 * vocab)
+    angles = 2 * 2 * tokens * hidden // case["num_attention_heads"]  # cosines and sines, in bf16
+    ids, shifted, scale = 8 * rows * tokens, 8 * rows * (tokens - 1), 4 * rows * tokens
+    last_logits, losses = 4 * rows * vocab, 8
+    assert exact_activations(case)["once"] == formula + angles + ids + shifted + scale - last_logits + losses
 
 
 def test_a_method_that_treats_layers_differently_is_measured_whole():

@@ -3,7 +3,6 @@
 import torch
 
 from autograder.checking.cases import between
-from autograder.checking.drive import Observation
 from autograder.checking.exercise import Exercise
 from autograder.checks.bitfit.biased_linear import (
     ADD_ROWS,
@@ -16,6 +15,7 @@ from autograder.checks.bitfit.biased_linear import (
     biased_linear,
     biased_linear_backward,
 )
+from autograder.checks.bitfit.by_hand import pass_by_hand
 from autograder.checks.bitfit.cases import numbers
 
 
@@ -38,47 +38,12 @@ def backward_case(generator: torch.Generator, *batch: int, dtype: torch.dtype = 
 
 def drive_backward(biased_linear, biased_linear_backward, x, weight, bias, output_gradient):
     """Run the layer forward and backward on the given numbers, and look whether it changed any of them."""
-    import torch
-
-    given = {"x": x.clone(), "the weight": weight.clone(), "the bias": bias.clone()}
-    gradient = output_gradient.clone()
-    with torch.no_grad():
-        answer = biased_linear(x, weight, bias)
-        if not isinstance(answer, tuple) or len(answer) != 2:
-            return {"what biased_linear returns": f"not a pair but a {type(answer).__name__}"}
-        output, kept = answer
-        if not isinstance(kept, tuple | list) or not all(torch.is_tensor(tensor) for tensor in kept):
-            return {
-                "what biased_linear returns": f"a pair whose second part is no tuple of tensors but a {type(kept).__name__}"
-            }
-        seen = {"what biased_linear returns": "a pair", "output": output}
-        gradients = biased_linear_backward(tuple(kept), gradient)
-        if not isinstance(gradients, tuple | list) or len(gradients) != 2:
-            described = f"{len(gradients)} things" if isinstance(gradients, tuple | list) else f"a {type(gradients).__name__}"
-            return seen | {"what the backward function returns": f"not a pair but {described}"}
-    seen |= {"what the backward function returns": "a pair", "x gradient": gradients[0], "bias gradient": gradients[1]}
-    seen["changed"] = [
-        name
-        for name, before, after in (
-            ("x", given["x"], x),
-            ("the weight", given["the weight"], weight),
-            ("the bias", given["the bias"], bias),
-            ("the output's gradient", output_gradient, gradient),
-        )
-        if not torch.equal(before, after)
-    ]
-    return seen
-
-
-def read_backward(observation: Observation, case: dict) -> Observation:
-    """Name what came back as in a sentence."""
-    names = {
-        "output": "the output",
-        "x gradient": "the gradient of x",
-        "bias gradient": "the gradient of the bias",
-        "changed": "the list of inputs that were changed in place",
-    }
-    return {names.get(name, name): value for name, value in observation.items()}
+    called = "biased_linear", "the backward function"
+    inputs = {"x": x, "the weight": weight, "the bias": bias}
+    seen, gradients = pass_by_hand(biased_linear, biased_linear_backward, called, inputs, output_gradient)
+    if gradients is None:
+        return seen
+    return seen | {"the gradient of x": gradients[0], "the gradient of the bias": gradients[1]}
 
 
 def backward_tolerance(case: dict) -> dict[str, float]:
@@ -111,7 +76,7 @@ check_bias_backward = Exercise(
         backward_case(generator, 2, 4, dtype=torch.bfloat16),
     ],
     driver=drive_backward,
-    reading=read_backward,
+    helpers=[pass_by_hand],
     tolerance=backward_tolerance,
     mistakes={
         "the bias is missing in the output": {OUTPUT: OUTPUT.removesuffix(" + bias")},

@@ -6,6 +6,7 @@ from torch import Tensor
 from autograder.checking.cases import between, total_bytes
 from autograder.checking.drive import Observation
 from autograder.checking.exercise import Exercise
+from autograder.checks.bitfit.by_hand import pass_by_hand
 from autograder.checks.bitfit.cases import numbers
 
 
@@ -67,26 +68,11 @@ def drive_gained(gained, gained_backward, normed, gain, output_gradient, copies=
             h = Gain.apply(h, gain)
         h.sum().backward()
         return {"a sample of the outcome": first.grad[0]}
-    given, gradient = (normed.clone(), gain.clone()), output_gradient.clone()
-    with torch.no_grad():
-        answer = gained(normed, gain)
-        if not isinstance(answer, tuple) or len(answer) != 2:
-            return {"what gained returns": f"not a pair but a {type(answer).__name__}"}
-        output, kept = answer
-        if not isinstance(kept, tuple | list) or not all(torch.is_tensor(tensor) for tensor in kept):
-            return {"what gained returns": f"a pair whose second part is no tuple of tensors but a {type(kept).__name__}"}
-        seen = {"what gained returns": "a pair", "the output": output}
-        gradients = gained_backward(tuple(kept), gradient)
-        if not isinstance(gradients, tuple | list) or len(gradients) != 2:
-            described = f"{len(gradients)} things" if isinstance(gradients, tuple | list) else f"a {type(gradients).__name__}"
-            return seen | {"what gained_backward returns": f"not a pair but {described}"}
-    seen |= {
-        "what gained_backward returns": "a pair",
-        "the gradient of the normed input": gradients[0],
-        "the gradient of the gain": gradients[1],
-        "the inputs are unchanged": torch.equal(given[0], normed) and torch.equal(given[1], gain),
-        "the output's gradient is unchanged": torch.equal(output_gradient, gradient),
-    }
+    called, inputs = ("gained", "gained_backward"), {"the normed input": normed, "the gain": gain}
+    seen, gradients = pass_by_hand(gained, gained_backward, called, inputs, output_gradient)
+    if gradients is None:
+        return seen
+    seen |= {"the gradient of the normed input": gradients[0], "the gradient of the gain": gradients[1]}
     normed.requires_grad_(True)  # its gradient is wanted by the layers below
     parameter = nn.Parameter(gain)
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
@@ -99,7 +85,8 @@ BYTES = "the bytes besides the gain that forward keeps for backward"
 
 def read_gained(observation: Observation, case: dict) -> Observation:
     """Count the bytes of the tensors that were kept."""
-    return {BYTES if name == "saved" else name: total_bytes(v) if name == "saved" else v for name, v in observation.items()}
+    seen = {name: value for name, value in observation.items() if name != "saved"}
+    return seen | {BYTES: total_bytes(observation["saved"])} if "saved" in observation else seen
 
 
 def gain_tolerance(case: dict) -> dict[str, float]:
@@ -131,6 +118,7 @@ check_gain = Exercise(
         gain_case(generator, 2, 4, dtype=torch.bfloat16),
     ],
     driver=drive_gained,
+    helpers=[pass_by_hand],
     reading=read_gained,
     tolerance=gain_tolerance,
     at_most=frozenset({BYTES}),

@@ -100,7 +100,8 @@ def _parts(case: dict) -> tuple[str, str]:
 def read_activations(observation: Observation, case: dict) -> Observation:
     """Split the estimate into its parts; one that agrees with the measured bytes becomes these.
 
-    A layer agrees to the byte. In what is there once, angles, labels and the like are measured too: there 2% are allowed.
+    A layer agrees to the byte. What is there once is measured with RoPE's angles, the labels and the last norm's scale, and
+    without the last token's logits (`tests/lab_bench/test_simulate.py` has the sum): there 2% are allowed.
     """
     layer, whole = observation["one more layer"], observation["estimate"]
     once = whole - case["num_hidden_layers"] * layer

@@ -147,7 +147,8 @@ def show() -> None:
         print(f"{unit:<26}{f'{len(wanted) - len(waiting)} of {len(wanted)}':>14}   {listed}")
     guesses = load(Guessed)
     if not guesses:
-        print("\nNo guess yet. Each unit asks for one or more before it measures: write yours in the place of None.")
+        short = " (A short run, as here, keeps none: its measurements mean nothing.)" if settings.short() else ""
+        print(f"\nNo guess yet. Each unit asks for one or more before it measures: write yours in the place of None.{short}")
         return
     print(f"\n{'you said':>14}{'measured':>14}{'times':>8}   guessed")
     for each in guesses:

@@ -52,10 +52,12 @@ def test_a_guess_is_printed_beside_the_measurement_and_the_first_one_counts(kept
     assert said == "Of 2 numbers 1 was within a factor of two; half were within 4. Of 3 other guesses 1 was right."
 
 
-def test_a_short_run_keeps_no_guess(kept, monkeypatch):
+def test_a_short_run_keeps_no_guess_and_says_so(kept, monkeypatch, capsys):
     monkeypatch.setenv("PEFTLAB_SHORT", "1")
     predict("parameters", 1_000).compare(4_000)
     assert not kept.exists()
+    progress.show()
+    assert "A short run, as here, keeps none" in capsys.readouterr().out
 
 
 def test_the_third_failed_check_in_a_row_says_where_the_answer_is(kept, capsys):
